@@ -10,9 +10,9 @@ From top to bottom: videos into clips, clips into batches, the generated videos,
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -27,11 +27,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+# Read when torch loads its OpenMP: waiting threads sleep. By default they spin, and on a CPU whose cores are shared with
+# the data workers (or anybody else) each small operation then waits for the scheduler: steps took up to 30 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import av
 import numpy as np
 import torch
 import torch.distributed as dist
 from av.stream import Disposition
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -339,17 +344,17 @@ class VideoList:
         return os.fsdecode(self.block[self.ends[i - 1] if i else 0:self.ends[i]])
 
 
-def list_videos(data):
-    """A folder (flat, or one sub-folder a class) or a list file -> VideoList. Raises InputError; prints what it left out."""
+def list_videos(data, say=print):
+    """A folder (flat, or one sub-folder a class) or a list file -> VideoList. Raises InputError; says what it left out."""
     path = Path(data)
     if path.is_dir():
-        return videos_in_folder(path)
+        return videos_in_folder(path, say)
     if path.is_file():
         return videos_in_list(path)
     raise InputError(f"--data {data}: no such folder or list file")
 
 
-def videos_in_folder(folder):
+def videos_in_folder(folder, say):
     paths, labels, ignored, visited = [], [], Counter(), set()
     for where, folders, files in os.walk(folder, followlinks=True):
         visited.add(os.path.realpath(where))
@@ -363,7 +368,7 @@ def videos_in_folder(folder):
             else:
                 ignored[suffix or name] += 1
     if ignored:
-        print(f"not videos by their suffix, left out: {', '.join(f'{count} x {suffix}' for suffix, count in ignored.most_common(5))}")
+        say(f"not videos by their suffix, left out: {', '.join(f'{count} x {suffix}' for suffix, count in ignored.most_common(5))}")
     if not paths:
         raise InputError(f"--data {folder}: no video in this folder or below; looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
     return VideoList(paths, labels if None not in labels else None)
@@ -478,3 +483,829 @@ def quiet_worker(_):
     """A signal to the whole process group is for the ranks: they finish their step and then end their workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def available_cpus():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(asked, device, ranks_here):
+    """Number of data workers and the reason for it."""
+    if asked is not None:
+        return asked, "as asked"
+    cpus = available_cpus()
+    if device.type == "cpu":
+        return 1, "the model computes on the same CPUs"
+    return max(1, cpus // ranks_here), f"{cpus} CPUs for {ranks_here} process(es) on this machine"
+
+
+def clip_batches(clips, sampler, workers, device, timeout):
+    """A DataLoader over VideoClips in the sampler's order. timeout: seconds to wait for one batch."""
+    return DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=quiet_worker,
+                      pin_memory=device.type == "cuda", timeout=timeout if workers else 0, prefetch_factor=2 if workers else None)
+
+
+def to_device(batch, device, copy_stream):
+    """Start copying a batch to the device beside the step that is running there; returns video (B * R, 3, T, H, W), noise."""
+    with torch.cuda.stream(copy_stream) if copy_stream else contextlib.nullcontext():
+        video, noise = (batch[key].to(device, non_blocking=True) for key in ("video", "noise"))
+    if copy_stream:
+        torch.cuda.current_stream().wait_stream(copy_stream)
+        for tensor in (video, noise):
+            tensor.record_stream(torch.cuda.current_stream())
+    return video.permute(0, 4, 1, 2, 3), noise
+
+
+# ----------------------------------------------------------------------------------------- generated videos
+
+MOVES = ("right", "up_right", "up", "up_left", "left", "down_left", "down", "down_right")
+SHAPES = {  # below 0 inside; x and y in units of the radius
+    "disc": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
+    "diamond": lambda x, y: abs(x) + abs(y) - 1.15,
+    "cross": lambda x, y: np.minimum(np.maximum(abs(x) - 0.35, abs(y) - 1), np.maximum(abs(x) - 1, abs(y) - 0.35)),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.3,
+}
+
+
+def moving_shapes(rng, move, frames, size):
+    """One generated video: uint8 (frames, size, size, 3).
+
+    On a smooth background a shape moves steadily in one of eight directions, in at one side when out at the other,
+    past a second one of its kind that stands still. Kind, colours, places, sizes and speed are random: only the motion
+    tells the class.
+    """
+    kind = SHAPES[rng.choice(list(SHAPES))]
+    y, x = np.mgrid[0:size, 0:size] + 0.5  # (H, W)
+    corners = rng.uniform(30, 225, (2, 2, 3))
+    across, down = (x / size)[..., None], (y / size)[..., None]
+    video = (1 - down) * ((1 - across) * corners[0, 0] + across * corners[0, 1]) + down * ((1 - across) * corners[1, 0] + across * corners[1, 1])
+    angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.2, 0.45) * size / 30  # pixels per frame: a crossing in 2 to 5 s
+    time_axis = np.arange(frames)[:, None, None]
+    for velocity in (0, speed):
+        radius, colour, (left, top) = rng.uniform(0.2, 0.3) * size, rng.uniform(0, 255, 3), rng.uniform(0, size, 2)
+        dx = (x - left - velocity * math.cos(angle) * time_axis + size / 2) % size - size / 2  # (T, H, W)
+        dy = (y - top + velocity * math.sin(angle) * time_axis + size / 2) % size - size / 2
+        inside = np.clip(0.5 - kind(dx / radius, dy / radius) * radius, 0, 1)[..., None]  # a soft edge one pixel wide
+        video = video * (1 - inside) + colour * inside  # (T, H, W, 3)
+    return video.round().astype(np.uint8)
+
+
+def write_video(path, frames, fps, options=None):
+    """uint8 (T, H, W, 3) -> an H.264 file. One thread, so that the same frames always give the same bytes."""
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"threads": "1"} | (options or {}))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def generate_videos(folder, per_class=100, held_out=25, frames=60, size=64, seed=0):
+    """Write labelled H.264 videos to folder/train and folder/val, one sub-folder a class, complete or not at all."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+    try:
+        jobs = [(part, move, i) for part, count in (("train", per_class), ("val", held_out)) for i in range(count) for move in MOVES]
+        for part, move, i in tqdm(jobs, desc=f"writing videos to {folder}", unit="video"):
+            (unfinished / part / move).mkdir(parents=True, exist_ok=True)
+            rng = random(seed, ("train", "val").index(part), MOVES.index(move), i)
+            write_video(unfinished / part / move / f"{i:04d}.mp4", moving_shapes(rng, move, frames, size), fps=30, options={"crf": "18"})
+        unfinished.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write the generated videos to {folder}: {error.strerror}; make room, or give your own with --data") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def text_strip(text, width):
+    """A line of text in white on black, uint8 (16, width, 3): FFmpeg's decoder for ANSI art brings a font along."""
+    decoder = av.CodecContext.create("ansi", "r")
+    decoder.width, decoder.height = 8 * max(len(text) + 1, 80), 16
+    strip = decoder.decode(av.Packet(text.encode("ascii")))[0].to_ndarray(format="rgb24")
+    strip = np.where(strip > 0, 255, 0).astype(np.uint8)[:, :width]
+    return np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)))
+
+
+def write_png(path, image):
+    """uint8 (H, W, 3) -> a PNG file."""
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *image.shape[:2], "rgb24", Fraction(1, 1)
+    packets = encoder.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")) + encoder.encode(None)
+    Path(path).write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+@torch.no_grad()
+def picture_frames(model, video, mask_ratio, noise):
+    """original | masked | reconstruction of several clips: three uint8 (B, T', H, W, 3), see `reconstruct` for T'."""
+    was_training = model.training
+    model.eval()
+    filled, mask = model.reconstruct(video, mask_ratio, noise)  # (B, C, T', H, W), (B, t, h, w)
+    model.train(was_training)
+    pixels = video.float() / 255  # (B, C, T, H, W)
+    _, p, q = model.encoder.patch
+    if model.target == "frame":
+        pixels, repeat = pixels[:, :, ::model.encoder.patch[0]], 1
+    else:
+        repeat = model.encoder.patch[0]
+    hidden = mask.repeat_interleave(repeat, 1).repeat_interleave(p, 2).repeat_interleave(q, 3)[:, None]  # (B, 1, T', H, W)
+    masked = torch.where(hidden, torch.full_like(pixels, 0.5), pixels)
+    return [(part.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy() for part in (pixels, masked, filled)]
+
+
+def write_pictures(out, model, video, mask_ratio, noise):
+    """reconstruction.png (a clip takes three rows, time runs to the right) and reconstruction.mp4 in the folder `out`."""
+    parts = picture_frames(model, video, mask_ratio, noise)
+    zoom = max(1, 96 // parts[0].shape[2])
+    parts = [part.repeat(zoom, axis=2).repeat(zoom, axis=3) for part in parts]  # (B, T', H, W, 3)
+    rows = [np.concatenate(list(part[b]), axis=1) for b in range(len(video)) for part in parts]  # each (H, T' * W, 3)
+    image = np.concatenate(rows)
+    borrowed = "; brightness and contrast of hidden patches borrowed from the original" if model.norm_pix else ""
+    captions = ["rows: original, masked, reconstruction" + borrowed, f"{mask_ratio:.0%} hidden, time runs to the right"]
+    strips = [text_strip(caption, image.shape[1]) for caption in captions]
+    write_png(out / "reconstruction.png", np.concatenate([*strips, image]))
+    movie = np.concatenate([np.concatenate(list(part), axis=1) for part in parts], axis=2)  # (T', B * H, 3 * W, 3)
+    movie = np.concatenate([np.broadcast_to(text_strip("original | masked | reconstruction", movie.shape[2]), (len(movie), 16, *movie.shape[2:])), movie], axis=1)
+    movie = np.pad(movie, ((0, 0), (0, movie.shape[1] % 2), (0, movie.shape[2] % 2), (0, 0)))  # H.264 wants even sizes
+    write_video(out / "reconstruction.mp4", np.concatenate([movie] * 4), fps=4)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class Damaged(Exception):
+    """A checkpoint whose bytes are not what was written."""
+
+
+def save_checkpoint(folder, content, keep):
+    """Write folder/last.pt whole or not at all; the one before becomes last-1.pt, and so on, `keep` in all."""
+    names = [folder / ("last.pt" if age == 0 else f"last-{age}.pt") for age in range(keep)]
+    unfinished = folder / "last.pt.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for older, newer in zip(reversed(names[1:]), reversed(names[:-1])):
+            if newer.exists():
+                newer.replace(older)
+        unfinished.replace(names[0])
+        if hasattr(os, "O_DIRECTORY"):  # the new names reach the disk too
+            descriptor = os.open(folder, os.O_DIRECTORY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"no checkpoint could be written to {folder}: {reason}; the ones there are untouched. Make room, then run the same command") from error
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py or finetune.py, on the CPU. Raises Damaged, and InputError for a file that holds code.
+
+    torch.load does not look at the checksums in the file, so a flipped bit would be trained on: they are read first.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a checkpoint written by train.py") from error
+    except Exception as error:  # a damaged zip trips its reader in a dozen ways
+        raise Damaged(f"{path} is cut off or no checkpoint ({error})") from error
+    if broken:
+        raise Damaged(f"{path} is damaged in {broken}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} is refused: it holds more than tensors and plain values, so loading it could run code") from error
+
+
+def find_checkpoint(folder):
+    """The newest undamaged checkpoint of a run, as (path, content), or (None, None) where there is none."""
+    paths = sorted(folder.glob("last*.pt"), key=lambda path: (len(path.name), path.name))  # last.pt, last-1.pt, ...
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except Damaged as problem:
+            print(f"{problem}; trying the checkpoint before it")
+    if paths:
+        raise InputError(f"every checkpoint in {folder} is damaged; move them away to begin anew")
+    return None, None
+
+
+def load_init(path):
+    """The content of the checkpoint given as --init."""
+    try:
+        return read_checkpoint(path)
+    except Damaged as problem:
+        raise InputError(f"--init {problem}; give another checkpoint") from problem
+
+
+# ------------------------------------------------------------------------------------ processes and precision
+
+
+class Machine(NamedTuple):
+    device: torch.device
+    rank: int
+    world: int
+    ranks_here: int  # processes on this machine
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(str(word) for word in words))
+
+
+def start(device_name):
+    """Find the device and, under torchrun, the other processes. Without torchrun: one process, the same code."""
+    rank, local, world, here = (int(os.environ.get(key, default)) for key, default in
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    reason = "as asked"
+    if device_name == "auto":
+        device_name, reason = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "torch sees no GPU")
+    if device_name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU; choose --device cpu, or install a torch build for CUDA")
+    if device_name == "cuda" and local >= torch.cuda.device_count():
+        raise InputError(f"process {local} of this machine has no GPU of its own: start at most {torch.cuda.device_count()} with --nproc_per_node")
+    device = torch.device(device_name, local) if device_name == "cuda" else torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    machine = Machine(device, rank, world, here)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{available_cpus()} CPUs, {torch.get_num_threads()} threads"
+    machine.say(f"device: {device.type} ({reason}), {name}, {world} process(es); Python {platform.python_version()}, torch {torch.__version__}, "
+                f"PyAV {av.__version__}")
+    return machine
+
+
+def choose_precision(asked, device):
+    """(dtype for autocast or None, reason)."""
+    if asked == "auto":
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes in bfloat16"
+        return None, "this GPU has no bfloat16; --amp fp16 is faster" if device.type == "cuda" else "exact, on a CPU; --amp bf16 is faster on some"
+    if asked == "fp16" and device.type == "cpu":
+        raise InputError("--amp fp16 needs a GPU; on a CPU choose bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[asked], "as asked"
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once."""
+
+    def __init__(self):
+        self.signal, self.at = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _):
+        again = self.signal == number == signal.SIGINT and time.monotonic() - self.at > 0.5  # torchrun passes the same Ctrl-C on
+        if again:
+            os._exit(128 + number)
+        self.signal, self.at = number, time.monotonic()
+
+
+class Late:
+    """Numbers on their way from the device, to be read a step later, so that the loop does not wait for the GPU."""
+
+    def __init__(self, numbers):
+        on_gpu = numbers.is_cuda
+        self.numbers = torch.empty(numbers.shape, pin_memory=on_gpu).copy_(numbers, non_blocking=True)
+        self.arrived = torch.cuda.Event() if on_gpu else None
+        if on_gpu:
+            self.arrived.record()
+
+    def read(self):
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
+# --------------------------------------------------------------------------------------------------- recipe
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over the first share `warmup` of the steps, then half a cosine to 0. A function of the step alone."""
+    warm = warmup * steps
+    if step < warm:
+        return peak * (step + 1) / (warm + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def decay_groups(model, weight_decay):
+    """Weight decay for matrices and tables; none for biases and other 1-d parameters."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    for parameter in model.parameters():
+        groups[parameter.dim() <= 1]["params"].append(parameter)
+    return groups
+
+
+def update(optimizer, scaler, parameters, clip, loss):
+    """Clip the gradient and step; nothing moves if the loss or the gradient is not finite. Returns the gradient's norm."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if not scaler.is_enabled():  # with a scaler its own check does the same
+        optimizer.found_inf = (~torch.isfinite(norm + loss)).float()  # read by the fused AdamW on the device: no waiting
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Skipped:
+    """Counts videos that could not be read, names each once, and stops a run whose first videos mostly fail."""
+
+    def __init__(self, videos, machine):
+        self.videos, self.machine, self.tried, self.failed, self.reasons = videos, machine, 0, 0, {}
+
+    def note(self, batch):
+        self.tried += len(batch["index"]) + len(batch["bad"])
+        self.failed += len(batch["bad"])
+        for video, reason in batch["bad"]:
+            if video not in self.reasons:
+                self.reasons[video] = reason
+                tqdm.write(f"skipped, another video takes its place: {self.videos[video]}: {reason}")
+        gave_up = (batch["index"] < 0).any()
+        if gave_up or (self.tried <= 64 and self.failed >= 8 and self.failed > self.tried / 2):
+            some = "; ".join(f"{self.videos[video]}: {reason}" for video, reason in list(self.reasons.items())[:3])
+            raise InputError(f"{self.failed} of the first {self.tried} videos cannot be read, so the list is probably wrong: {some}")
+
+    def summary(self):
+        """All ranks together: the list of everything that was skipped, on the first."""
+        everyone = [self.reasons]
+        if self.machine.world > 1:
+            everyone = [None] * self.machine.world
+            dist.all_gather_object(everyone, self.reasons)
+        reasons = {video: reason for one in everyone for video, reason in one.items()}
+        if reasons:
+            self.machine.say(f"{len(reasons)} of {len(self.videos)} videos could not be read:")
+            for video, reason in sorted(reasons.items()):
+                self.machine.say(f"  {self.videos[video]}: {reason}")
+
+
+class Log:
+    """log.jsonl, one object a step, written line by line; and the progress bar. After a resume no step stands twice."""
+
+    def __init__(self, out, machine, start, steps):
+        self.file = None
+        if machine.rank == 0:
+            path = out / "log.jsonl"
+            kept = [line for line in path.read_text().splitlines() if is_row_before(line, start)] if path.exists() else []
+            path.with_suffix(".unfinished").write_text("".join(line + "\n" for line in kept))
+            path.with_suffix(".unfinished").replace(path)
+            self.file = open(path, "a", buffering=1)
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=machine.rank > 0, dynamic_ncols=True, mininterval=0.5)
+
+    def row(self, **row):
+        if self.file:
+            self.file.write(json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n")
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
+        self.bar.update()
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def is_row_before(line, step):
+    """Is this line of the log whole and of a step up to `step`?"""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # cut off by a crash
+
+
+# --------------------------------------------------------------------------------------------- the training
+
+
+class Pretraining:
+    """One run: what it needs, and what it does at a step."""
+
+    def __init__(self, args, machine):
+        self.args, self.machine, self.out = args, machine, Path(args.out)
+        self.device = machine.device
+        self.videos = list_videos(args.data, machine.say)
+        self.batch = args.batch_size * args.accum * machine.world  # videos a step
+        self.steps = args.steps or math.ceil(args.epochs * len(self.videos) / self.batch)
+        self.peak_lr = args.lr * self.batch / 512
+        self.save_every = args.save_every or math.ceil(self.steps / 20)
+        self.dtype, self.precision_reason = choose_precision(args.amp, self.device)
+        self.workers, self.workers_reason = choose_workers(args.workers, self.device, machine.ranks_here)
+        torch.manual_seed(args.seed)
+        self.model_args = model_arguments(args)
+        self.model = build(self.model_args).to(self.device)
+        fused = self.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(decay_groups(self.model, args.weight_decay), lr=self.peak_lr, betas=(0.9, 0.95), fused=fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step, self.preview, self.batches = 0, None, None
+        self.noise = args.strategy, self.model.encoder.grid
+        self.clips = self.make_clips(args.repeat)
+        self.sampler = StepSampler(None, args.batch_size, args.accum, machine.rank, machine.world)
+        self.skipped = Skipped(self.videos, machine)
+
+    def make_clips(self, repeat):
+        args = self.args
+        return VideoClips(self.videos, seed=args.seed, repeat=repeat, frames=args.frames, stride=args.stride, size=args.size, noise=self.noise)
+
+    # -- state
+
+    def identity(self):
+        """The arguments that decide what is computed, for a look at them on resuming."""
+        names = "model frames stride size patch mask_ratio strategy target norm_pix repeat seed lr weight_decay warmup clip init".split()
+        names = {name: getattr(self.args, name) for name in names}
+        return names | dict(precision=str(self.dtype), steps=self.steps, videos_per_step=self.batch, videos=len(self.videos), list=zlib.crc32(self.videos.block))
+
+    def state(self):
+        return dict(step=self.step, identity=self.identity(), world=self.machine.world, model_args=self.model_args, model=self.model.state_dict(),
+                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), torch=torch.__version__)
+
+    def resume(self):
+        """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed."""
+        chosen = [find_checkpoint(self.out)[0]] if self.machine.rank == 0 else [None]
+        if self.machine.world > 1:
+            dist.broadcast_object_list(chosen)
+        if chosen[0] is None:
+            return
+        content = read_checkpoint(chosen[0])
+        before, now = content.get("identity"), self.identity()
+        if before is None or content.keys() != self.state().keys():
+            raise InputError(f"{chosen[0]} was not written by train.py; choose another --out")
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        if changed:
+            raise InputError(f"--out {self.out} holds a run with other arguments: {'; '.join(changed)}. Go on with the old ones, or choose another --out")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        self.machine.say(f"going on from {chosen[0]} after step {self.step} of {self.steps}")
+        if content["world"] != self.machine.world:
+            self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, but no longer bit for bit the same run")
+
+    def save(self):
+        if self.machine.rank == 0:
+            save_checkpoint(self.out, self.state(), self.args.keep)
+            if self.preview is None:
+                self.preview = collate([self.make_clips(1)[k] for k in range(4)])
+            video, noise = to_device(self.preview, self.device, None)
+            write_pictures(self.out, self.model, video, self.args.mask_ratio, noise)
+
+    # -- the loop
+
+    def run(self):
+        """Train to the last step, or to a signal; returns the exit status."""
+        args, machine = self.args, self.machine
+        make_folder(self.out)
+        if args.init:
+            load_weights(self.model, load_init(args.init), args.init)
+        self.resume()
+        self.report()
+        stop = StopRequest()
+        self.sampler.steps = range(self.step, self.steps)
+        self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))  # workers start here
+        if self.step < self.steps:
+            self.train(stop)
+        self.batches = None  # ends the workers
+        self.skipped.summary()
+        if stop.signal:
+            machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
+            return 128 + stop.signal
+        if not (self.out / "reconstruction.png").exists():
+            self.save()
+        machine.say(f"done: {self.steps} steps; {self.out}/last.pt, log.jsonl, reconstruction.png and reconstruction.mp4")
+        return 0
+
+    def report(self):
+        args, say, model = self.args, self.machine.say, self.model
+        say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items())}")
+        say(f"videos: {len(self.videos)}, the first as read: " + "; ".join(self.describe(i) for i in range(min(3, len(self.videos)))))
+        keep, hide = split_tokens(mask_noise(args.strategy, 1, model.encoder.grid), model.encoder.grid, args.mask_ratio)
+        tokens = keep.shape[1] + hide.shape[1]
+        say(f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {keep.shape[1]} of {tokens} tokens, "
+            f"{hide.shape[1] / tokens:.1%} hidden ({args.strategy})")
+        say(f"precision: {self.dtype or 'float32'} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
+            f"data workers: {self.workers} ({self.workers_reason})")
+        say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) = {self.batch} videos a step, "
+            f"x {args.repeat} clips = {self.batch * args.repeat} clips; batch size {args.batch_reason}")
+        if self.batch > len(self.videos):
+            say(f"a step takes more videos than there are: each is taken about {self.batch / len(self.videos):.1f} times a step, as different clips")
+        passes = self.steps * self.batch / len(self.videos)
+        say(f"length: {self.steps} steps = {passes:.1f} passes over the list = {passes * args.repeat:.1f} effective epochs, warm-up {args.warmup * self.steps:.0f} steps; "
+            f"lr {args.lr:g} x {self.batch} / 512 = {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
+
+    def describe(self, i):
+        return self.videos[i] + (f" (label {self.videos.labels[i]})" if self.videos.labels else " (no label)")
+
+    def train(self, stop):
+        args, machine = self.args, self.machine
+        model = torch.compile(self.model) if args.compile else self.model
+        if machine.world > 1:
+            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
+        self.copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.log = Log(self.out, machine, self.step, self.steps)
+        self.clock, self.waited, late, first = time.perf_counter(), 0.0, None, self.step
+        try:
+            for step in range(first, self.steps):
+                status = self.optimizer_step(model, step, stop)
+                stopping = late is not None and self.finish(*late)  # looks at the step before, while this one runs
+                late = step, Late(status), self.waited
+                if stopping or (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+                    stopping = self.finish(*late) or stopping  # nothing is saved before its steps were looked at
+                    late = None
+                    self.step = step + 1
+                    self.save()
+                    if stopping:
+                        stop.signal = stop.signal or signal.SIGTERM  # another rank was asked to stop
+                        return
+        finally:
+            self.log.close()
+
+    def optimizer_step(self, model, step, stop):
+        """All micro-batches of a step and the update. Returns, on the device: loss, gradient norm, not finite?, asked to stop?"""
+        args, total = self.args, torch.zeros((), device=self.device)
+        rate = learning_rate(step, self.steps, self.peak_lr, args.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for micro in range(args.accum):
+            video, noise = self.next_batch(step, micro)
+            last = micro == args.accum - 1
+            with contextlib.nullcontext() if last or self.machine.world == 1 else model.no_sync():
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    loss = model(video, args.mask_ratio, noise) / args.accum
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        norm = update(self.optimizer, self.scaler, self.model.parameters(), args.clip, total)
+        finite = torch.isfinite(total) if self.scaler.is_enabled() else torch.isfinite(total + norm)  # a scaler expects some norms to overflow
+        status = torch.stack([total, norm, (~finite).float(), torch.tensor(float(bool(stop.signal)), device=self.device)])
+        if self.machine.world > 1:
+            status[0] /= self.machine.world
+            status[1] /= self.machine.world  # the same everywhere, so the sum is the norm again
+            dist.all_reduce(status)
+        return status
+
+    def next_batch(self, step, micro):
+        began = time.perf_counter()
+        try:
+            batch = next(self.batches)
+        except RuntimeError as error:  # DataLoader: a worker died or took too long
+            names = sorted({self.videos[self.clips.video_of(k)] for k in self.sampler.samples(step, micro)})
+            raise InputError(f"the data workers gave no batch: {str(error).splitlines()[0]} Expected were {', '.join(names)}. "
+                             f"Take a bad file out, raise --data-timeout, or find it with --check-data") from error
+        self.waited += time.perf_counter() - began
+        self.skipped.note(batch)
+        video, noise = to_device(batch, self.device, self.copy_stream)
+        if step == 0 and micro == 0 and self.machine.rank == 0:
+            patches = self.model.encoder.patches(video)
+            target, _ = self.model.targets(patches, self.model.split(patches, self.args.mask_ratio, noise)[1])
+            self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; training should get well below")
+        return video, noise
+
+    def finish(self, step, late, waited):
+        """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
+        loss, norm, bad, asked = late.read()
+        now, args = time.perf_counter(), self.args
+        seconds, self.clock = now - self.clock, now
+        share, self.waited = min(1.0, waited / seconds), self.waited - waited
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
+        row = dict(step=step + 1, epoch=(step + 1) * self.batch / len(self.videos), loss=loss, lr=learning_rate(step, self.steps, self.peak_lr, args.warmup),
+                   grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=share, peak_mem_gb=memory)
+        if bad:
+            samples = range(step * self.batch, (step + 1) * self.batch)
+            names = sorted({self.videos[self.clips.video_of(k)] for k in samples})
+            self.log.row(**row | dict(loss=None, grad_norm=None, samples=[samples[0], samples[-1]], videos=names))
+            raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was updated or saved since, all checkpoints are kept. "
+                             f"The batch is in {self.out}/log.jsonl: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower --lr, or try --amp off")
+        self.log.row(**row)
+        return asked > 0
+
+
+def count(module):
+    """Millions of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def make_folder(out):
+    """The run's folder, there and writable."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").open("a").close()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+
+
+def model_arguments(args):
+    """The constructor's arguments, as they travel in the checkpoint."""
+    height, width = args.size
+    return SIZES[args.model] | dict(frames=args.frames, height=height, width=width, patch=args.patch, target=args.target, norm_pix=args.norm_pix,
+                                    checkpointing=args.checkpointing)
+
+
+def build(model_args):
+    try:
+        return MaskedAutoencoder(**model_args)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def load_weights(model, content, path):
+    """Weights of a checkpoint of the same shapes; a difference is an error that names it."""
+    weights, own = content.get("model", {}), model.state_dict()
+    wrong = [f"{key} {tuple(weights[key].shape) if key in weights else 'missing'}, here {tuple(own[key].shape) if key in own else 'unknown'}"
+             for key in sorted(own.keys() | weights.keys()) if key not in own or key not in weights or own[key].shape != weights[key].shape]
+    if wrong:
+        raise InputError(f"{path} does not fit this model, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
+    model.load_state_dict(weights)
+
+
+# ------------------------------------------------------------------------------------------- other commands
+
+
+def reconstruct(args, machine):
+    """Pictures of one video, from a checkpoint."""
+    if not args.init:
+        raise InputError("--reconstruct needs a trained model: give a checkpoint with --init")
+    content = load_init(args.init)
+    model = build(content["model_args"]).to(machine.device)
+    load_weights(model, content, args.init)
+    frames, *size = model.encoder.video_size
+    kept = content.get("identity", {})
+    clips = [RandomClip(random(args.seed, CLIP, 0, i), frames, kept.get("stride", args.stride)) for i in range(4)]
+    try:
+        video = read_clips(args.reconstruct, clips, tuple(size))  # (4, T, H, W, 3)
+    except BadVideo as reason:
+        raise InputError(f"--reconstruct {args.reconstruct}: {reason}") from reason
+    strategy, ratio = kept.get("strategy", args.strategy), kept.get("mask_ratio", args.mask_ratio)
+    noise = mask_noise(strategy, 4, model.encoder.grid, torch.Generator().manual_seed(args.seed))
+    out = Path(args.out)
+    make_folder(out)
+    write_pictures(out, model, torch.from_numpy(video).to(machine.device).permute(0, 4, 1, 2, 3), ratio, noise.to(machine.device))
+    machine.say(f"{out}/reconstruction.png and .mp4: {ratio:.0%} hidden ({strategy})")
+    return 0
+
+
+class WholeVideos(Dataset):
+    """videos[i]: why the i-th file cannot be read to its end, or None."""
+
+    def __init__(self, videos):
+        self.videos = videos
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, i):
+        try:
+            with open_video(self.videos[i]) as (container, stream):
+                frames = sum(1 for _ in container.decode(stream))
+            return i, None if frames else "no frame could be decoded"
+        except (BadVideo, av.FFmpegError, OSError) as error:
+            return i, str(error) if isinstance(error, BadVideo) else f"{type(error).__name__}: {error.strerror}"
+
+
+def check_data(args, machine):
+    """Decode every file once; name the bad ones."""
+    videos = list_videos(args.data)
+    workers = available_cpus() if args.workers is None else args.workers
+    loader = DataLoader(WholeVideos(videos), batch_size=None, num_workers=workers, worker_init_fn=quiet_worker, timeout=args.data_timeout if workers else 0)
+    bad = [(i, reason) for i, reason in tqdm(loader, total=len(videos), unit="video", dynamic_ncols=True) if reason]
+    for i, reason in bad:
+        print(f"{videos[i]}: {reason}")
+    print(f"{len(videos)} videos, {len(bad)} bad")
+    return 1 if bad else 0
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def numbers(count_allowed, what):
+    """For argparse: "2x16x16" or "224" -> a tuple of positive whole numbers."""
+    def parse(text):
+        parts = text.lower().replace(",", "x").split("x")
+        if len(parts) not in count_allowed or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return tuple(int(part) for part in parts)
+    return parse
+
+
+def between(low, high, kind=float):
+    """For argparse: a number in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}")
+        return value
+    return parse
+
+
+def square(text):
+    sides = numbers((1, 2), "a size such as 224 or 192x256 (height x width)")(text)
+    return sides * 2 if len(sides) == 1 else sides
+
+
+whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
+
+# Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
+DEMO = dict(model="tiny", frames=8, stride=4, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=1500, batch_size=8, lr=0.128,
+            warmup=0.1, clip=1.0)
+
+
+def parse_arguments(argv=None):
+    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="folder of videos (class sub-folders or flat) or list file; without it a small set is written and used")
+    data.add_argument("--frames", type=whole, default=16, help="frames of a clip")
+    data.add_argument("--stride", type=positive, default=4, help="time between frames, in thirtieths of a second")
+    data.add_argument("--size", type=square, default=(224, 224), help="height and width of a clip, in pixels: 224 or 192x256")
+    data.add_argument("--repeat", type=whole, default=4, help="clips taken from each decoded video")
+    data.add_argument("--workers", type=between(0, 1024, int), help="data worker processes per training process (default: from the CPUs)")
+    data.add_argument("--data-timeout", type=whole, default=300, help="seconds to wait for a batch before giving up")
+    method = parser.add_argument_group("method")
+    method.add_argument("--model", choices=SIZES, default="large", help="size")
+    method.add_argument("--patch", type=numbers((3,), "three sizes such as 2x16x16 (frames x height x width)"), default=(2, 16, 16), help="frames x height x width of a patch")
+    method.add_argument("--mask-ratio", type=float, default=0.9, help="share of the tokens that is hidden")
+    method.add_argument("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
+    method.add_argument("--target", choices=("frame", "patch"), default="frame", help="predict the first frame of each patch, or all")
+    method.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="normalise each target patch")
+    method.add_argument("--checkpointing", action="store_true", help="save memory by computing activations again in the backward pass")
+    recipe = parser.add_argument_group("recipe (the paper's)")
+    recipe.add_argument("--epochs", type=positive, default=200, help="passes over the list; the paper's effective epochs are these x repeat")
+    recipe.add_argument("--steps", type=whole, help="optimizer steps in all, in place of --epochs")
+    recipe.add_argument("--batch-size", type=whole, help="videos per process and micro-batch (default: 16 on a GPU, 2 on a CPU)")
+    recipe.add_argument("--accum", type=whole, default=1, help="micro-batches per step")
+    recipe.add_argument("--lr", type=positive, default=1.6e-3, help="learning rate per 512 videos a step; scaled linearly")
+    recipe.add_argument("--weight-decay", type=between(0, 10), default=0.05, help="of matrices and tables")
+    recipe.add_argument("--warmup", type=between(0, 1), default=0.15, help="share of the steps (120 of 800 epochs)")
+    recipe.add_argument("--clip", type=positive, default=0.02, help="largest norm of the gradient")
+    recipe.add_argument("--seed", type=between(0, 2**31, int), default=0, help="everything random follows from it")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
+    run.add_argument("--init", help="checkpoint to take the weights from")
+    run.add_argument("--save-every", type=whole, help="steps between checkpoints (default: a twentieth of the run)")
+    run.add_argument("--keep", type=whole, default=2, help="checkpoints to keep")
+    run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
+    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="reduced precision")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
+    run.add_argument("--reconstruct", metavar="VIDEO", help="only show what --init makes of this video")
+    run.add_argument("--check-data", action="store_true", help="only read every file of --data once and name the bad ones")
+    if parser.parse_known_args(argv)[0].data is None:
+        parser.set_defaults(**DEMO)
+    return parser.parse_args(argv)
+
+
+def complete(args, machine):
+    """Fill in what depends on the machine, with the reason for it."""
+    if args.out is None:
+        args.out = "runs/reconstruct" if args.reconstruct else "runs/pretrain"
+    args.batch_reason = "as asked" if args.batch_size else "for a GPU" if machine.device.type == "cuda" else "for a CPU"
+    args.batch_size = args.batch_size or (16 if machine.device.type == "cuda" else 2)
+    args.compile_reason = "as asked" if args.compile is not None else "the default on a GPU" if machine.device.type == "cuda" else "gains nothing on a CPU"
+    args.compile = machine.device.type == "cuda" if args.compile is None else args.compile
+    if args.data is None and not args.reconstruct:
+        if machine.rank == 0:
+            generate_videos("data/moving_shapes")
+        if machine.world > 1:
+            dist.barrier()
+        args.data = "data/moving_shapes/train"
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    machine = start(args.device)
+    complete(args, machine)
+    if args.reconstruct:
+        return reconstruct(args, machine)
+    if args.check_data:
+        return check_data(args, machine)
+    return Pretraining(args, machine).run()
+
+
+def run_script(main):
+    """Run a script's main(). An InputError becomes one line; under torchrun it also lands in torchrun's own summary."""
+    try:
+        status = record(main)() if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    finally:
+        for worker in multiprocessing.active_children():  # they do not hear gentler signals, and one may hang
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            worker.kill()
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_script(main)
