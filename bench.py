@@ -386,10 +386,13 @@ def loading(args):
 # ------------------------------------------------------------------------------------- loading + computing
 
 
+LEAST = 5  # s of computing to measure per row, with loading beside it
+
+
 def with_loading(row, videos, workers):
     """Train on clips from files: (clips/s, share of the time that the device stood still because there was no data)."""
     run, warm = row.run, 2 * max(1, workers)  # until the batches fetched ahead are used up
-    steps = max(run.args.rounds, math.ceil(5 / statistics.median(row.times)))
+    steps = max(run.args.rounds, math.ceil(LEAST / statistics.median(row.times)))
     batches = loaded_batches(videos, run.args, (run.args.strategy, run.model.encoder.grid), row.videos, warm + steps, workers, run.device)
     copies = torch.cuda.Stream() if run.device.type == "cuda" else None
     skipped, end = Skipped(videos, run.machine), mark(run.device)
@@ -488,14 +491,14 @@ def speed(args):
     heading = [
         f"{args.device}; {args.amp}, {'compiled' if run.compile else 'not compiled'}, torch {torch.__version__}. {describe(args, model)}",
         f"A step is forward, backward, clipping and AdamW on random video. Batch: {f'{args.batch_size} videos' if args.batch_size else 'grows with the ratio'}, "
-        f"{args.repeat} clips from each. Times: median (least to most) of {args.rounds} rounds through all rows. TFLOP/s: a step counted as three forward passes; "
+        f"clips from each: {args.repeat}. Times: median (least to most) of {args.rounds} rounds through all rows. TFLOP/s: a step counted as three forward passes; "
         f"a matrix product reaches {product:.3g}. Dense: the encoder sees a learned token for each hidden one."]
     if videos:
         workers, reason = choose_workers(args.workers, machine.device, 1)
         for line, row in zip(table, rows):
             line["load_compute_clips_per_s"], line["data_wait"] = with_loading(row, videos, workers)
             line["load_compute_speedup"] = line["load_compute_clips_per_s"] / table[0]["load_compute_clips_per_s"]
-        heading.append(f"Load + compute: the same step on clips of {len(videos)} videos, stride {args.stride:g}; {workers} data workers ({reason}).")
+        heading.append(f"Load + compute: the same step on clips of {len(videos)} videos, stride {args.stride:g}; data workers: {workers} ({reason}).")
         columns |= LOADED
     return heading, columns, table
 

@@ -9,12 +9,11 @@ import json
 import math
 import os
 import random as pyrandom
+import re
 import signal
 import subprocess
 import sys
-import time
 import types
-import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import mae_st
 import train
@@ -578,3 +576,455 @@ def test_thousands_of_clips_leave_descriptors_threads_and_memory_as_they_were(tm
     after = usage()
     print(f"descriptors, threads, MB: {before} after {settled} clips, {after} after {total}")
     assert after[:2] == before[:2] and after[2] < before[2] + 8
+
+
+# ------------------------------------------------------------------------------------------ lists and batches
+
+
+@pytest.mark.parametrize("line, entry", [
+    ("a.mp4", ("a.mp4", None)), ("a.mp4 3", ("a.mp4", "3")), ("a.mp4,3", ("a.mp4", "3")), ("my dir/a b.MP4 7", ("my dir/a b.MP4", "7")),
+    ("a,b.webm, playing guitar", ("a,b.webm", "playing guitar")), ('"a, b.mp4",5', ("a, b.mp4", "5")), ("a.mp4\t2 ", ("a.mp4", "2")),
+    ("a.mp4 copy.mp4 3", ("a.mp4 copy.mp4", "3")), ("strange 4", ("strange", "4")), ("strange", ("strange", None))])
+def test_lines_of_a_list_file_are_read_as_meant(line, entry):
+    assert train.parse_line(line) == entry
+
+
+def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
+    for name in ("b/two.mp4", "a/one.mp4", "a/x y.avi", "a/notes.txt"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
+    folder = train.list_videos(tmp_path / "set")
+    assert "1 x .txt" in capsys.readouterr().out
+    (tmp_path / "list.csv").write_bytes("\ufeffset/a/one.mp4 a\r\n\r\nset/a/x y.avi a\r\nset/b/two.mp4,b\r\n".encode())
+    listed = train.list_videos(tmp_path / "list.csv")
+    assert [listed[i] for i in range(len(listed))] == [folder[i] for i in range(len(folder))] == [str(tmp_path / "set" / name) for name in ("a/one.mp4", "a/x y.avi", "b/two.mp4")]
+    assert listed.labels == folder.labels == ["a", "a", "b"]
+
+
+def test_lists_in_any_shape_give_videos_or_one_clear_line(tmp_path):
+    """Fuzz: whatever the list holds, it is read or refused in one line."""
+    rng = pyrandom.Random(0)
+    pieces = [b"a.mp4", b" ", b",", b"\t", b'"', b"\r\n", b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"x" * 10000, b"/", b"..", "\u00e9\u4e2d".encode(), b"3", b"label", b"\0", b".avi"]
+    for trial in range(2000 if LONG else 300):
+        (tmp_path / "list.txt").write_bytes(b"".join(rng.choice(pieces) for _ in range(rng.randrange(12))))
+        try:
+            videos = train.list_videos(tmp_path / "list.txt", say=lambda *_: None)
+            assert len(videos) > 0 and all(isinstance(videos[i], str) for i in range(len(videos)))
+        except train.InputError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def some_videos(tmp_path_factory):
+    """Seven small videos with labels, and the folder."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(7):
+        train.write_video(folder / f"{i}.mp4", train.moving_shapes(np.random.default_rng(i), train.MOVES[i], 20, 32), 30)
+    return folder
+
+
+def make_clips(folder, **changes):
+    return train.VideoClips(train.list_videos(folder), **dict(seed=3, repeat=2, frames=4, stride=2, size=(16, 16), noise=("agnostic", (2, 2, 2))) | changes)
+
+
+def same_batches(a, b):
+    return len(a) == len(b) and all(torch.equal(x[key], y[key]) for x, y in zip(a, b) for key in ("video", "noise", "index"))
+
+
+def test_the_same_samples_give_the_same_bytes_with_any_number_of_workers_and_processes(some_videos):
+    clips = make_clips(some_videos)
+
+    def batches(workers, rank=0, world=1, batch_size=4):
+        sampler = train.StepSampler(range(3), batch_size, 2, rank, world)
+        return list(train.clip_batches(clips, sampler, workers, torch.device("cpu"), 60))
+
+    alone = batches(0)
+    assert same_batches(alone, batches(1)) and same_batches(alone, batches(3))
+    ranks = [batches(1, rank, 2, batch_size=2) for rank in range(2)]
+    merged = [{key: torch.cat([r0[key], r1[key]]) for key in ("video", "noise", "index")} for r0, r1 in zip(*ranks)]
+    assert same_batches(alone, merged)
+    assert not torch.equal(alone[0]["video"][0], alone[0]["video"][1]), "the repeats of a video are different clips"
+
+
+def test_every_pass_takes_every_video_once_in_a_new_order(some_videos):
+    clips = make_clips(some_videos)
+    passes = [[clips.video_of(k) for k in range(turn * 7, turn * 7 + 7)] for turn in range(3)]
+    assert all(sorted(one) == list(range(7)) for one in passes) and passes[0] != passes[1] != passes[2]
+
+
+def test_a_bad_video_is_replaced_by_the_same_other_one_every_time(some_videos, tmp_path):
+    paths = [str(some_videos / f"{i}.mp4") for i in range(7)] + [str(tmp_path / "missing.mp4")]
+    clips = make_clips(some_videos)
+    clips.videos = train.VideoList(paths)
+    bad = next(k for k in range(8) if clips.video_of(k) == 7)
+    one, two = clips[bad], clips[bad]
+    assert one["bad"][0][0] == 7 and "No such file" in one["bad"][0][1]
+    assert 0 <= one["index"] < 7 and torch.equal(one["video"], two["video"]) and one["index"] == two["index"]
+
+
+def test_a_list_that_is_mostly_wrong_stops_the_run_with_the_first_reasons(some_videos, tmp_path):
+    clips = make_clips(some_videos)
+    clips.videos = train.VideoList([str(some_videos / "0.mp4")] + [str(tmp_path / f"missing{i}.mp4") for i in range(9)])
+    skipped = train.Skipped(clips.videos, train.Machine(torch.device("cpu"), 0, 1, 1))
+    with pytest.raises(train.InputError, match="probably wrong.*missing"):
+        for k in range(30):
+            skipped.note(train.collate([clips[k]]))
+
+
+def test_a_long_list_is_one_block_of_bytes():
+    paths = [f"/data/kinetics/train/class {i % 400}/{i:06d}.mp4" for i in range(300_000)]
+    videos = train.VideoList(paths)
+    assert len(videos) == 300_000 and all(videos[i] == paths[i] for i in range(0, 300_000, 997))
+    assert isinstance(videos.block, bytes) and videos.ends.dtype == np.int64
+
+
+def test_generated_videos_are_the_same_files_every_time(tmp_path):
+    for name in ("a", "b"):
+        train.generate_videos(tmp_path / name, per_class=1, held_out=1, frames=8, size=32)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.mp4"))
+    assert len(files) == 16
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine_to_zero():
+    rates = [train.learning_rate(step, 100, 2.0, 0.2) for step in range(101)]
+    assert_close(np.diff(rates[:20]), np.full(19, 2 / 21), 1e-12, "warm-up")
+    assert rates[20] == 2.0 and rates[60] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = MaskedAutoencoder(**SMALL)
+    decayed, spared = ({id(p) for p in group["params"]} for group in train.decay_groups(model, 0.05))
+    for name, parameter in model.named_parameters():
+        assert id(parameter) in (spared if name.endswith("bias") or "norm" in name else decayed), name
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for value in (1.0, math.nan, 2.0):
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = (model(torch.ones(1, 3)) * value).sum()
+        loss.backward()
+        train.update(optimizer, scaler, model.parameters(), 0.02, loss.detach())
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert moved == math.isfinite(value) and all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+
+
+TINY = "--model tiny --frames 4 --stride 2 --size 16 --patch 2x8x8 --mask-ratio 0.75 --repeat 2 --batch-size 2 --lr 0.5 --device cpu --save-every 2".split()
+
+
+def arguments(folder, out, *more):
+    return ["--data", str(folder), "--out", str(out), *TINY, *more]
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def tensors(path):
+    """Model and optimizer state of a checkpoint, as one flat dict."""
+    content = train.read_checkpoint(path)
+    flat = dict(content["model"])
+    for index, state in content["optimizer"]["state"].items():
+        flat |= {f"optimizer {index} {key}": value for key, value in state.items()}
+    return flat | {"step": torch.tensor(content["step"])}
+
+
+def assert_same_run(a, b, tolerance=0.0):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert_close(a[key], b[key], tolerance, key)
+
+
+def run_script(*command, check=0, environment=None, timeout=120):
+    """Run a script of this repository and look at its exit status."""
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=timeout, env=os.environ | (environment or {}))
+    assert check is None or result.returncode == check, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def torchrun(*command, processes=2, **options):
+    return run_script("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **options)
+
+
+def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos, tmp_path):
+    assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "4", "--workers", "1")) == 0
+    first = train.Pretraining.finish
+
+    def stop_after_two(self, step, *numbers):
+        if step == 2:
+            raise KeyboardInterrupt
+        return first(self, step, *numbers)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Pretraining, "finish", stop_after_two)
+        train.main(arguments(some_videos, tmp_path / "parts", "--steps", "4", "--workers", "1"))
+    assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 2
+    assert train.main(arguments(some_videos, tmp_path / "parts", "--steps", "4", "--workers", "0")) == 0
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == [1, 2, 3, 4]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert list(rows[0][0]) == ["step", "epoch", "loss", "lr", "grad_norm", "clips_per_s", "data_wait", "peak_mem_gb"]
+
+
+def test_two_processes_accumulating_equal_one_process(some_videos, tmp_path):
+    """The same 8 videos a step, more than the 7 there are, as 1 x 8 and as 2 processes x 2 micro-batches x 2."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_script("train.py", *arguments(some_videos, one, "--steps", "3", "--batch-size", "8"))
+    assert "taken about 1.1 times a step" in result.stdout
+    torchrun("train.py", *arguments(some_videos, two, "--steps", "3", "--accum", "2"))
+    losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, two)]
+    assert_close(np.array(losses[0]), np.array(losses[1]), 2e-5, "losses")
+    a, b = tensors(one / "last.pt"), tensors(two / "last.pt")
+    for key in a:  # AdamW divides by the size of the gradient, so a rounding error can grow to a part of the learning rate
+        assert_close(a[key], b[key], 2e-4, key)
+
+
+def test_pictures_show_original_masked_and_reconstruction(some_videos, tmp_path):
+    train.main(arguments(some_videos, tmp_path / "run", "--steps", "2"))
+    assert train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--device", "cpu"]) == 0
+    for folder in ("run", "show"):
+        with av.open(str(tmp_path / folder / "reconstruction.png")) as container:
+            image = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        assert image.shape == (32 + 4 * 3 * 96, 2 * 96, 3)  # two captions, four clips in three rows, two frames enlarged sixfold
+        original, masked = image[32:128].astype(int), image[128:224].astype(int)
+        gray = (masked == 128).all(-1)
+        assert 0.5 < gray.mean() < 1 and abs(original - masked)[~gray].max() == 0
+        with av.open(str(tmp_path / folder / "reconstruction.mp4")) as container:
+            frame = next(container.decode(video=0))
+            assert (frame.height, frame.width) == (16 + 4 * 96, 3 * 96)
+
+
+def test_wrong_input_is_one_line(some_videos, tmp_path):
+    empty, listed = tmp_path / "empty", tmp_path / "list.txt"
+    empty.mkdir()
+    listed.write_text("gone.mp4\nlost.mp4\n")
+    out = tmp_path / "out"
+    (tmp_path / "file").touch()
+    cases = [(["--data", "nowhere"], "no such folder"), (["--data", str(empty)], "no video in this folder"), (["--data", str(listed)], "gone.mp4|lost.mp4"),
+             (["--frames", "5"], "frames 5.*2"), (["--size", "20"], "height 20.*8"), (["--mask-ratio", "0"], "mask ratio 0"), (["--mask-ratio", "1"], "mask ratio 1"),
+             (["--out", str(tmp_path / "file")], "cannot be written"), (["--strategy", "tubes"], "invalid choice"), (["--patch", "2x8"], "three sizes"),
+             (["--size", "big"], "not a size"), (["--steps", "-1"], "whole number"), (["--lr", "nan"], "not a number"), (["--init", "gone.pt"], "gone.pt"),
+             (["--reconstruct", "x.mp4"], "needs a trained model"), (["--amp", "fp16"], "needs a GPU"), (["--colour", "red"], "unrecognized")]
+    for change, words in cases:
+        with pytest.raises(train.InputError) as caught:
+            train.main(arguments(some_videos, out, "--steps", "2", "--workers", "0") + change)
+        assert "\n" not in str(caught.value)
+        assert re.search(words, str(caught.value)), f"{change}: {caught.value}"
+    result = run_script("train.py", *arguments("nowhere", out), check=1)
+    assert result.stderr.strip().splitlines()[-1].startswith("error: --data nowhere") and "Traceback" not in result.stderr
+
+
+def test_a_run_with_other_arguments_is_not_continued(some_videos, tmp_path):
+    train.main(arguments(some_videos, tmp_path, "--steps", "2"))
+    for change, words in ((["--seed", "1"], "seed 0 -> 1"), (["--steps", "3"], "steps 2 -> 3"), (["--accum", "2"], "videos_per_step 2 -> 4")):
+        with pytest.raises(train.InputError, match=words):
+            train.main(arguments(some_videos, tmp_path, "--steps", "2", *change))
+
+
+def test_check_data_names_the_bad_files(some_videos, tmp_path, capsys):
+    names = bad_files(tmp_path)
+    assert train.main(["--check-data", "--data", str(tmp_path), "--workers", "2", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    for name in set(names) - {"folder.mp4", "missing.mp4"}:
+        assert f"{name}: " in out
+    assert "good.mp4:" not in out
+    assert train.main(["--check-data", "--data", str(some_videos), "--workers", "0", "--device", "cpu"]) == 0
+
+
+# ------------------------------------------------------------------------------- what happens to long runs
+
+
+def test_a_damaged_checkpoint_is_told_and_never_loaded(some_videos, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(arguments(some_videos, run, "--steps", "4"))
+    data, rng = (run / "last.pt").read_bytes(), np.random.default_rng(0)
+    reference = tensors(run / "last.pt")
+    damages = [("cut", int(at)) for at in rng.integers(len(data), size=100 if LONG else 10)] + [("flip", int(at)) for at in rng.integers(len(data), size=100 if LONG else 20)]
+    silent = 0
+    for kind, at in damages:
+        (tmp_path / "last.pt").write_bytes(data[:at] if kind == "cut" else data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:])
+        try:
+            loaded = tensors(tmp_path / "last.pt")
+            silent += 1  # then the byte was padding, and everything that counts is what was written
+            assert kind == "flip" and all(torch.equal(loaded[key], reference[key]) for key in reference)
+        except (train.Damaged, train.InputError) as problem:
+            assert "\n" not in str(problem)
+    assert silent < len(damages) / 4
+    (run / "last.pt").write_bytes(data[:len(data) // 2])
+    capsys.readouterr()
+    assert train.main(arguments(some_videos, run, "--steps", "4")) == 0
+    out = capsys.readouterr().out
+    assert "last.pt is cut off" in out and "going on from" in out and "last-1.pt after step 2" in out
+    for path in run.glob("last*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(train.InputError, match="every checkpoint"):
+        train.main(arguments(some_videos, run, "--steps", "4"))
+
+
+class Mischief:
+    def __reduce__(self):
+        return os.mkdir, ("mischief",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_does_not_run(some_videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model={}, extra=Mischief()), tmp_path / "last.pt")
+    for call in (lambda: train.read_checkpoint(tmp_path / "last.pt"), lambda: train.main(arguments(some_videos, tmp_path, "--steps", "2")),
+                 lambda: train.main(arguments(some_videos, tmp_path / "new", "--steps", "2", "--init", str(tmp_path / "last.pt")))):
+        with pytest.raises(train.InputError, match="refused"):
+            call()
+    assert not (tmp_path / "mischief").exists()
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(some_videos, tmp_path):
+    """A limit on the size of files stands for the full disk; the checkpoint before was written without it."""
+    assert train.main(arguments(some_videos, tmp_path, "--steps", "2")) == 0
+    good = (tmp_path / "last.pt").read_bytes()
+    script = "import resource, signal, sys, torch, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+             f"content = train.read_checkpoint({str(tmp_path / 'last.pt')!r})\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
+             f"train.run_script(lambda: train.save_checkpoint(train.Path({str(tmp_path)!r}), content, 2))"
+    result = run_script("-c", script, check=1)
+    assert result.stderr.startswith("error: no checkpoint could be written") and "Traceback" not in result.stderr
+    assert (tmp_path / "last.pt").read_bytes() == good and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(some_videos, tmp_path, monkeypatch):
+    forward = MaskedAutoencoder.forward
+    calls = iter(range(100))
+    monkeypatch.setattr(MaskedAutoencoder, "forward", lambda *args: forward(*args) * (math.nan if next(calls) == 2 else 1))
+    with pytest.raises(train.InputError, match="step 3 are not finite"):
+        train.main(arguments(some_videos, tmp_path, "--steps", "6"))
+    assert train.read_checkpoint(tmp_path / "last.pt")["step"] == 2
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    clips = make_clips(some_videos, seed=0)
+    assert row["step"] == 3 and row["loss"] is None and row["samples"] == [4, 5]
+    assert row["videos"] == sorted(clips.videos[clips.video_of(k)] for k in (4, 5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(number, some_videos, tmp_path):
+    command = ["train.py", *arguments(some_videos, tmp_path / "stopped", "--steps", "60", "--workers", "1", "--save-every", "1000")]
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "stopped" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        os.sched_yield()
+    os.killpg(process.pid, number)  # to the data workers as well, as a terminal or a cluster does
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"stopped by {number.name} after step" in out and "Traceback" not in err
+    step = train.read_checkpoint(tmp_path / "stopped" / "last.pt")["step"]
+    assert 3 <= step < 60
+    run_script(*command)
+    assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "60", "--save-every", "1000")) == 0
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "stopped" / "last.pt")
+
+
+def kill_until_done(command, seconds, rng, kills):
+    """Run a command, SIGKILL it at a random moment, run it again, and so on; returns how often it was killed."""
+    killed = 0
+    while True:
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            assert process.wait(rng.uniform(*seconds) if killed < kills else 120) == 0
+            return killed
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_very_bytes_of_one_that_was_not(some_videos, tmp_path):
+    rng = pyrandom.Random(0)
+    total = 0
+    assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "30", "--save-every", "1")) == 0
+    for run in range(20 if LONG else 1):
+        out = tmp_path / f"run{run}"
+        total += kill_until_done(["train.py", *arguments(some_videos, out, "--steps", "30", "--save-every", "1", "--workers", str(run % 3))], (3, 6), rng, 3)
+        assert_same_run(tmp_path / "whole" / "last.pt", out / "last.pt")
+        assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 31))
+    print(f"{total} kills")
+    assert total > 0
+
+
+def test_a_killed_rank_is_started_again_by_torchrun_and_the_result_is_the_same(some_videos, tmp_path):
+    """The second process kills itself once, in the middle; torchrun --max-restarts brings both back."""
+    torchrun("train.py", *arguments(some_videos, tmp_path / "whole", "--steps", "6"))
+    script = tmp_path / "dies_once.py"
+    script.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+finish = train.Pretraining.finish
+def dying(self, step, *numbers):
+    if step == 3 and self.machine.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish(self, step, *numbers)
+train.Pretraining.finish = dying
+train.run_script(train.main)
+""")
+    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", script, *arguments(some_videos, tmp_path / "killed", "--steps", "6"))
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "killed" / "last.pt")
+
+
+def test_an_error_on_one_rank_ends_all_and_stands_last_on_the_screen(some_videos, tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+report = train.Pretraining.report
+def failing(self):
+    report(self)
+    if self.machine.rank == 1:
+        raise ArithmeticError("the reason on rank 1")
+train.Pretraining.report = failing
+train.run_script(train.main)
+""")
+    result = torchrun(script, *arguments(some_videos, tmp_path / "out", "--steps", "50"), check=1, timeout=60)
+    assert "the reason on rank 1" in result.stderr[result.stderr.index("Root Cause"):]
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_data_worker_that_dies_or_hangs_ends_the_run_with_a_message(how, some_videos, tmp_path):
+    script = tmp_path / "worker.py"
+    action = "os.kill(os.getpid(), signal.SIGKILL)" if how == "dies" else "signal.pause()"
+    script.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+read = train.read_clips
+main = os.getpid()
+def odd(path, clips, size):
+    if path.endswith("3.mp4") and os.getpid() != main:
+        {action}
+    return read(path, clips, size)
+train.read_clips = odd
+train.run_script(train.main)
+""")
+    result = run_script(script, *arguments(some_videos, tmp_path / "out", "--steps", "20", "--workers", "2", "--data-timeout", "5"), check=1, timeout=60)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: the data workers gave no batch") and "3.mp4" in last
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_resumed_run_is_the_same_run(some_videos, tmp_path):
+    def gpu(out, *more):
+        return [word if word != "cpu" else "cuda" for word in arguments(some_videos, out, "--steps", "4", "--no-compile", *more)]
+    assert train.main(gpu(tmp_path / "whole")) == 0
+    assert train.main(gpu(tmp_path / "parts")) == 0
+    (tmp_path / "parts" / "last-1.pt").replace(tmp_path / "parts" / "last.pt")  # back to step 2
+    assert train.main(gpu(tmp_path / "parts")) == 0
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt", tolerance=1e-5)

@@ -865,7 +865,8 @@ class Log:
     def row(self, **row):
         if self.file:
             self.file.write(json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n")
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
+            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+            self.bar.set_postfix_str(f"loss {loss} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
         self.bar.update()
 
     def close(self):
@@ -924,7 +925,7 @@ class Pretraining:
 
     def state(self):
         return dict(step=self.step, identity=self.identity(), world=self.machine.world, model_args=self.model_args, model=self.model.state_dict(),
-                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), torch=torch.__version__)
+                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), torch=str(torch.__version__))
 
     def resume(self):
         """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed."""
@@ -985,7 +986,10 @@ class Pretraining:
         args, say, model = self.args, self.machine.say, self.model
         say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items())}")
         say(f"videos: {len(self.videos)}, the first as read: " + "; ".join(self.describe(i) for i in range(min(3, len(self.videos)))))
-        keep, hide = split_tokens(mask_noise(args.strategy, 1, model.encoder.grid), model.encoder.grid, args.mask_ratio)
+        try:
+            keep, hide = split_tokens(mask_noise(args.strategy, 1, model.encoder.grid), model.encoder.grid, args.mask_ratio)
+        except ValueError as error:
+            raise InputError(f"--mask-ratio: {error}") from error
         tokens = keep.shape[1] + hide.shape[1]
         say(f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {keep.shape[1]} of {tokens} tokens, "
             f"{hide.shape[1] / tokens:.1%} hidden ({args.strategy})")
@@ -1009,17 +1013,19 @@ class Pretraining:
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
         self.copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.log = Log(self.out, machine, self.step, self.steps)
-        self.clock, self.waited, late, first = time.perf_counter(), 0.0, None, self.step
+        self.clock, self.waited, late, first = time.perf_counter(), 0.0, None, self.step  # waited: seconds without a batch
         try:
             for step in range(first, self.steps):
                 status = self.optimizer_step(model, step, stop)
                 stopping = late is not None and self.finish(*late)  # looks at the step before, while this one runs
-                late = step, Late(status), self.waited
+                now = time.perf_counter()
+                late, self.clock, self.waited = (step, Late(status), now - self.clock, self.waited), now, 0.0
                 if stopping or (step + 1) % self.save_every == 0 or step + 1 == self.steps:
                     stopping = self.finish(*late) or stopping  # nothing is saved before its steps were looked at
                     late = None
                     self.step = step + 1
                     self.save()
+                    self.clock = time.perf_counter()
                     if stopping:
                         stop.signal = stop.signal or signal.SIGTERM  # another rank was asked to stop
                         return
@@ -1066,15 +1072,12 @@ class Pretraining:
             self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; training should get well below")
         return video, noise
 
-    def finish(self, step, late, waited):
+    def finish(self, step, late, seconds, waited):
         """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
-        loss, norm, bad, asked = late.read()
-        now, args = time.perf_counter(), self.args
-        seconds, self.clock = now - self.clock, now
-        share, self.waited = min(1.0, waited / seconds), self.waited - waited
+        (loss, norm, bad, asked), args = late.read(), self.args
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         row = dict(step=step + 1, epoch=(step + 1) * self.batch / len(self.videos), loss=loss, lr=learning_rate(step, self.steps, self.peak_lr, args.warmup),
-                   grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=share, peak_mem_gb=memory)
+                   grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=waited / seconds, peak_mem_gb=memory)
         if bad:
             samples = range(step * self.batch, (step + 1) * self.batch)
             names = sorted({self.videos[self.clips.video_of(k)] for k in samples})
@@ -1218,7 +1221,7 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=8, stride=4, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=1500, batch_size=8, lr=0.128,
+DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=900, batch_size=8, lr=0.128,
             warmup=0.1, clip=1.0)
 
 
