@@ -399,9 +399,17 @@ def test_packets_that_nothing_depends_on_are_not_decoded(tmp_path):
     with train.open_video(path) as (container, stream):
         table = train.read_packets(container, stream)
         last = sorted(table.pts)[40]
-        decoded = [frame.pts for frame in train.decode_needed(stream.codec_context, table, {last: None})]
+        decoded = [frame.pts for frame in train.decode_needed(stream.codec_context, table.packets, *train.needed_packets(table, {last}))]
     assert last in decoded and sorted(table.pts)[24] in decoded and min(decoded) >= sorted(table.pts)[24]
     assert len(decoded) <= 12, f"{len(decoded)} frames were decoded"
+
+
+def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clips(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", natural_frames(48), options=X264 | {"x264-params": "keyint=12:bframes=3"})
+    clips = [FixedClip(start + np.arange(4) / 10) for start in (0.2, 1.1)]
+    held = train.read_clips(path, clips, (48, 64))
+    monkeypatch.setattr(train, "HELD_BYTES", 0)
+    assert np.array_equal(held, train.read_clips(path, clips, (48, 64)))
 
 
 @pytest.mark.parametrize("rate", [10, 25, Fraction(30000, 1001), 50, 60])
@@ -782,17 +790,22 @@ def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos
     assert list(rows[0][0]) == ["step", "epoch", "loss", "lr", "grad_norm", "clips_per_s", "data_wait", "peak_mem_gb"]
 
 
-def test_two_processes_accumulating_equal_one_process(some_videos, tmp_path):
-    """The same 8 videos a step, more than the 7 there are, as 1 x 8 and as 2 processes x 2 micro-batches x 2."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    result = run_script("train.py", *arguments(some_videos, one, "--steps", "3", "--batch-size", "8"))
-    assert "taken about 1.1 times a step" in result.stdout
-    torchrun("train.py", *arguments(some_videos, two, "--steps", "3", "--accum", "2"))
-    losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (one, two)]
+@pytest.fixture(scope="module")
+def two_processes(some_videos, tmp_path_factory):
+    """The folder of a run of two processes, two micro-batches each: 8 videos a step, more than the 7 there are."""
+    out = tmp_path_factory.mktemp("two")
+    torchrun("train.py", *arguments(some_videos, out, "--steps", "4", "--accum", "2"))
+    return out
+
+
+def test_two_processes_accumulating_equal_one_process(some_videos, two_processes, tmp_path, capsys):
+    assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--batch-size", "8")) == 0
+    assert "taken about 1.1 times a step" in capsys.readouterr().out
+    losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (tmp_path, two_processes)]
     assert_close(np.array(losses[0]), np.array(losses[1]), 2e-5, "losses")
-    a, b = tensors(one / "last.pt"), tensors(two / "last.pt")
+    a, b = tensors(tmp_path / "last.pt"), tensors(two_processes / "last.pt")
     for key in a:  # AdamW divides by the size of the gradient, so a rounding error can grow to a part of the learning rate
-        assert_close(a[key], b[key], 2e-4, key)
+        assert_close(a[key], b[key], 5e-4, key)
 
 
 def test_pictures_show_original_masked_and_reconstruction(some_videos, tmp_path):
@@ -917,21 +930,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(some_videos
     assert row["videos"] == sorted(clips.videos[clips.video_of(k)] for k in (4, 5))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(number, some_videos, tmp_path):
-    command = ["train.py", *arguments(some_videos, tmp_path / "stopped", "--steps", "60", "--workers", "1", "--save-every", "1000")]
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log = tmp_path / "stopped" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
-        os.sched_yield()
-    os.killpg(process.pid, number)  # to the data workers as well, as a terminal or a cluster does
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert f"stopped by {number.name} after step" in out and "Traceback" not in err
-    step = train.read_checkpoint(tmp_path / "stopped" / "last.pt")["step"]
-    assert 3 <= step < 60
-    run_script(*command)
-    assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "60", "--save-every", "1000")) == 0
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_videos, tmp_path):
+    command = ["train.py", *arguments(some_videos, tmp_path / "stopped", "--steps", "400", "--workers", "1", "--save-every", "1000")]
+    log, steps = tmp_path / "stopped" / "log.jsonl", [0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= steps[-1] + 3):
+            os.sched_yield()
+        os.killpg(process.pid, number)  # to the data workers as well, as a terminal or a cluster does
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, err
+        assert f"stopped by {number.name} after step" in out and "Traceback" not in err
+        steps.append(train.read_checkpoint(tmp_path / "stopped" / "last.pt")["step"])
+    assert 0 < steps[1] < steps[2] < 400
+    for out in ("stopped", "whole"):
+        assert train.main(arguments(some_videos, tmp_path / out, "--steps", "400", "--save-every", "1000")) == 0
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "stopped" / "last.pt")
 
 
@@ -950,35 +963,35 @@ def kill_until_done(command, seconds, rng, kills):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_very_bytes_of_one_that_was_not(some_videos, tmp_path):
-    rng = pyrandom.Random(0)
-    total = 0
-    assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "30", "--save-every", "1")) == 0
-    for run in range(20 if LONG else 1):
+    rng, total, runs = pyrandom.Random(0), 0, 20 if LONG else 1
+    assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "60", "--save-every", "1")) == 0
+    for run in range(runs):
         out = tmp_path / f"run{run}"
-        total += kill_until_done(["train.py", *arguments(some_videos, out, "--steps", "30", "--save-every", "1", "--workers", str(run % 3))], (3, 6), rng, 3)
+        command = ["train.py", *arguments(some_videos, out, "--steps", "60", "--save-every", "1", "--workers", str(run % 3))]
+        total += kill_until_done(command, (3, 6), rng, kills=5 if LONG else 2)
         assert_same_run(tmp_path / "whole" / "last.pt", out / "last.pt")
-        assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 31))
-    print(f"{total} kills")
+        assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 61))
+    print(f"{runs} runs, {total} kills")
     assert total > 0
 
 
-def test_a_killed_rank_is_started_again_by_torchrun_and_the_result_is_the_same(some_videos, tmp_path):
+def test_a_killed_rank_is_started_again_by_torchrun_and_the_result_is_the_same(some_videos, two_processes, tmp_path):
     """The second process kills itself once, in the middle; torchrun --max-restarts brings both back."""
-    torchrun("train.py", *arguments(some_videos, tmp_path / "whole", "--steps", "6"))
     script = tmp_path / "dies_once.py"
     script.write_text(f"""import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import train
 finish = train.Pretraining.finish
 def dying(self, step, *numbers):
-    if step == 3 and self.machine.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if step == 2 and self.machine.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return finish(self, step, *numbers)
 train.Pretraining.finish = dying
 train.run_script(train.main)
 """)
-    run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", script, *arguments(some_videos, tmp_path / "killed", "--steps", "6"))
-    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "killed" / "last.pt")
+    out = tmp_path / "killed"
+    torchrun("--max-restarts=3", script, *arguments(some_videos, out, "--steps", "4", "--accum", "2"))
+    assert_same_run(two_processes / "last.pt", out / "last.pt")
 
 
 def test_an_error_on_one_rank_ends_all_and_stands_last_on_the_screen(some_videos, tmp_path):

@@ -19,6 +19,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -59,13 +60,15 @@ VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 SAFE_OPEN = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,h264,hevc,ivf,m4v,obu",
              "protocol_whitelist": "file"}
 MAX_PIXELS = 2**25  # 8K video has 33.2 million
+HELD_BYTES = 2**26  # larger files are read twice instead of held in memory
 SLACK = 1e-3  # s; Matroska rounds time stamps to milliseconds
 
 
 class Packets(NamedTuple):
     """What is known of a stream without decoding it."""
-    packets: list  # in decoding order
+    packets: list  # in decoding order; empty for a file too large to hold
     pts: list  # time stamp of each
+    shown: list  # time stamps of the frames to show, sorted
     entry: list  # True: decoding may begin here, and everything shown later comes out right
     droppable: list  # True: no other frame is predicted from this one
 
@@ -93,7 +96,7 @@ def nal_headers(data, length_size):
     """
     if length_size:
         at = 0
-        while at + length_size < len(data):
+        while at + length_size + 1 < len(data):
             yield at + length_size
             at += length_size + int.from_bytes(data[at:at + length_size], "big")
     else:
@@ -119,15 +122,18 @@ def hevc_layer(data, length_size):
 
 
 def read_packets(container, stream):
-    """All packets of the stream, or None if their time stamps cannot be trusted (missing, doubled, or AVI, which has none)."""
+    """What the packets of the stream tell, or None if their time stamps cannot be trusted (missing, doubled, or AVI's)."""
     codec, extradata = stream.codec_context.name, bytes(stream.codec_context.extradata or b"")
     length_at = {"h264": 4, "hevc": 21}.get(codec)  # of lengthSizeMinusOne in avcC and hvcC
     length_size = (extradata[length_at] & 3) + 1 if length_at and len(extradata) > length_at and extradata[0] == 1 else 0
-    packets, pts, entry, droppable, layers = [], [], [], [], []
+    packets, pts, shown, entry, droppable, layers = [], [], [], [], [], []
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        packets.append(packet)
+        if container.size <= HELD_BYTES:
+            packets.append(packet)
+        if not packet.is_discard:  # edit lists cut frames off: those are decoded, but not shown
+            shown.append(packet.pts)
         pts.append(packet.pts)
         if codec == "h264":
             # Other key frames exist (recovery points), but after one of those a picture may still refer to older ones.
@@ -141,8 +147,8 @@ def read_packets(container, stream):
         droppable.append(drop)
     if layers:  # a sub-layer non-reference picture may still serve the layers above its own
         droppable = [drop and layer == max(layers) for drop, layer in zip(droppable, layers)]
-    trusted = container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts)
-    return Packets(packets, pts, entry, droppable) if packets and trusted else None
+    trusted = container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts) and stream.time_base
+    return Packets(packets, pts, sorted(shown), entry, droppable) if shown and trusted else None
 
 
 def shown_at(times, seconds):
@@ -159,29 +165,35 @@ def wanted_frames(clips, seconds):
     return wanted
 
 
-def decode_needed(codec_context, table, wanted):
-    """Decode only what the wanted time stamps need; yields frames, others among them.
+def needed_packets(table, wanted):
+    """(numbers of the packets to decode, numbers of those after which the decoder is emptied), for wanted time stamps.
 
     Per wanted frame: from the last packet before it at which decoding may begin and that is not shown later (a
     leading picture of an open group needs the group before), to its own packet. Droppable packets in between are
     left out, so the wanted frames come out bit for bit as from a decode of the whole file.
     """
-    begin, runs = 0, []
-    entries = [i for i, restarts in enumerate(table.entry) if restarts]
+    entries, runs = [i for i, restarts in enumerate(table.entry) if restarts], []
     for i, pts in enumerate(table.pts):
         if pts in wanted:
             begin = next((k for k in reversed(entries) if k <= i and table.pts[k] <= pts), 0)
             if runs and begin <= runs[-1][1] + 1:
-                runs[-1][1] = i
-                runs[-1][0] = min(begin, runs[-1][0])
+                runs[-1] = min(begin, runs[-1][0]), i
             else:
-                runs.append([begin, i])
-    for first, last in runs:
-        for i in range(first, last + 1):
-            if table.pts[i] in wanted or not table.droppable[i]:
-                yield from codec_context.decode(table.packets[i])
-        yield from codec_context.decode(None)
-        codec_context.flush_buffers()
+                runs.append((begin, i))
+    needed = {i for first, last in runs for i in range(first, last + 1) if table.pts[i] in wanted or not table.droppable[i]}
+    return needed, {last for _, last in runs}
+
+
+def decode_needed(codec_context, packets, needed, ends):
+    """Decode some of the packets; yields their frames."""
+    for i, packet in enumerate(packets):
+        if i in needed:
+            yield from codec_context.decode(packet)
+        if i in ends:
+            yield from codec_context.decode(None)
+            codec_context.flush_buffers()
+        if i >= max(ends):
+            return
 
 
 class Renderer:
@@ -254,18 +266,20 @@ def render(frame, places, renderers, out):
 
 def read_needed(path, clips, size):
     """`read_clips` by time stamps, decoding only what is needed. None if this file does not allow it."""
-    with open_video(path) as (container, stream):
+    with contextlib.ExitStack() as stack:
+        container, stream = stack.enter_context(open_video(path))
         table = read_packets(container, stream)
         if table is None:
             return None
-        shown = sorted(pts for pts, packet in zip(table.pts, table.packets) if not packet.is_discard)  # edit lists cut frames off
-        if not shown:
-            return None
-        seconds = (np.array(shown) - shown[0]) * float(stream.time_base)  # (n,)
-        wanted = {shown[frame]: places for frame, places in wanted_frames(clips, seconds).items()}
+        packets = table.packets
+        if not packets:
+            container, stream = stack.enter_context(open_video(path))
+            packets = (packet for packet in container.demux(stream) if packet.size)
+        seconds = (np.array(table.shown) - table.shown[0]) * float(stream.time_base)  # (n,)
+        wanted = {table.shown[frame]: places for frame, places in wanted_frames(clips, seconds).items()}
         renderers, out = new_renderers(stream, clips, size)
         try:
-            for frame in decode_needed(stream.codec_context, table, wanted):
+            for frame in decode_needed(stream.codec_context, packets, *needed_packets(table, wanted)):
                 if frame.pts in wanted and not frame.is_corrupt:
                     render(frame, wanted.pop(frame.pts), renderers, out)
         except av.FFmpegError:
@@ -503,6 +517,25 @@ def clip_batches(clips, sampler, workers, device, timeout):
     """A DataLoader over VideoClips in the sampler's order. timeout: seconds to wait for one batch."""
     return DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=quiet_worker,
                       pin_memory=device.type == "cuda", timeout=timeout if workers else 0, prefetch_factor=2 if workers else None)
+
+
+@contextlib.contextmanager
+def data_errors_explained(expected):
+    """Say which files the data workers were reading when one died or the timeout ran out. expected() -> their names."""
+    try:
+        yield
+    except RuntimeError as error:  # raised by DataLoader, from its queue or from a signal handler
+        if "DataLoader" not in str(error):
+            raise
+        raise InputError(f"the data workers gave no batch: {str(error).splitlines()[0]} Expected were {', '.join(expected())}. "
+                         f"Take a bad file out, raise --data-timeout, or find it with --check-data") from error
+
+
+def end_workers():
+    """For the way out after an error: workers do not hear gentler signals, and one may hang."""
+    for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        worker.kill()
 
 
 def to_device(batch, device, copy_stream):
@@ -757,12 +790,29 @@ def choose_precision(asked, device):
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once."""
+    """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once.
 
-    def __init__(self):
-        self.signal, self.at = 0, 0.0
+    A rank that waits in a collective for one that has died never comes to hear of a signal: a thread sees to that.
+    """
+
+    def __init__(self, patience=10.0):
+        self.signal, self.at, self.patience = 0, 0.0, patience  # s
+        self.arrivals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        """End the process if a signal arrived and the main thread, stuck outside Python, did not take it in time."""
+        while number := os.read(self.arrivals, 1)[0]:
+            if number in (signal.SIGTERM, signal.SIGINT):
+                deadline = time.monotonic() + self.patience
+                while not self.signal and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                if not self.signal:
+                    os._exit(128 + number)
 
     def receive(self, number, _):
         again = self.signal == number == signal.SIGINT and time.monotonic() - self.at > 0.5  # torchrun passes the same Ctrl-C on
@@ -971,7 +1021,8 @@ class Pretraining:
         self.sampler.steps = range(self.step, self.steps)
         self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))  # workers start here
         if self.step < self.steps:
-            self.train(stop)
+            with data_errors_explained(lambda: self.names(self.expected)):
+                self.train(stop)
         self.batches = None  # ends the workers
         self.skipped.summary()
         if stop.signal:
@@ -1002,6 +1053,10 @@ class Pretraining:
         passes = self.steps * self.batch / len(self.videos)
         say(f"length: {self.steps} steps = {passes:.1f} passes over the list = {passes * args.repeat:.1f} effective epochs, warm-up {args.warmup * self.steps:.0f} steps; "
             f"lr {args.lr:g} x {self.batch} / 512 = {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
+
+    def names(self, samples):
+        """The paths of the videos that these samples stand for, sorted."""
+        return sorted({self.videos[self.clips.video_of(k)] for k in samples})
 
     def describe(self, i):
         return self.videos[i] + (f" (label {self.videos.labels[i]})" if self.videos.labels else " (no label)")
@@ -1048,7 +1103,7 @@ class Pretraining:
             total += loss.detach()
         norm = update(self.optimizer, self.scaler, self.model.parameters(), args.clip, total)
         finite = torch.isfinite(total) if self.scaler.is_enabled() else torch.isfinite(total + norm)  # a scaler expects some norms to overflow
-        status = torch.stack([total, norm, (~finite).float(), torch.tensor(float(bool(stop.signal)), device=self.device)])
+        status = torch.stack([total, norm, (~finite).float(), torch.full((), float(bool(stop.signal)), device=self.device)])
         if self.machine.world > 1:
             status[0] /= self.machine.world
             status[1] /= self.machine.world  # the same everywhere, so the sum is the norm again
@@ -1057,12 +1112,8 @@ class Pretraining:
 
     def next_batch(self, step, micro):
         began = time.perf_counter()
-        try:
-            batch = next(self.batches)
-        except RuntimeError as error:  # DataLoader: a worker died or took too long
-            names = sorted({self.videos[self.clips.video_of(k)] for k in self.sampler.samples(step, micro)})
-            raise InputError(f"the data workers gave no batch: {str(error).splitlines()[0]} Expected were {', '.join(names)}. "
-                             f"Take a bad file out, raise --data-timeout, or find it with --check-data") from error
+        self.expected = self.sampler.samples(step, micro)
+        batch = next(self.batches)
         self.waited += time.perf_counter() - began
         self.skipped.note(batch)
         video, noise = to_device(batch, self.device, self.copy_stream)
@@ -1080,7 +1131,7 @@ class Pretraining:
                    grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=waited / seconds, peak_mem_gb=memory)
         if bad:
             samples = range(step * self.batch, (step + 1) * self.batch)
-            names = sorted({self.videos[self.clips.video_of(k)] for k in samples})
+            names = self.names(samples)
             self.log.row(**row | dict(loss=None, grad_norm=None, samples=[samples[0], samples[-1]], videos=names))
             raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was updated or saved since, all checkpoints are kept. "
                              f"The batch is in {self.out}/log.jsonl: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower --lr, or try --amp off")
@@ -1175,7 +1226,12 @@ def check_data(args, machine):
     videos = list_videos(args.data)
     workers = available_cpus() if args.workers is None else args.workers
     loader = DataLoader(WholeVideos(videos), batch_size=None, num_workers=workers, worker_init_fn=quiet_worker, timeout=args.data_timeout if workers else 0)
-    bad = [(i, reason) for i, reason in tqdm(loader, total=len(videos), unit="video", dynamic_ncols=True) if reason]
+    results, bad = iter(loader), []
+    for expected in tqdm(range(len(videos)), unit="video", dynamic_ncols=True):
+        with data_errors_explained(lambda: [videos[expected]]):
+            i, reason = next(results)
+        if reason:
+            bad.append((i, reason))
     for i, reason in bad:
         print(f"{videos[i]}: {reason}")
     print(f"{len(videos)} videos, {len(bad)} bad")
@@ -1300,12 +1356,12 @@ def run_script(main):
     try:
         status = record(main)() if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
     except InputError as error:
+        end_workers()
         print(f"error: {error}", file=sys.stderr)
         status = 1
-    finally:
-        for worker in multiprocessing.active_children():  # they do not hear gentler signals, and one may hang
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            worker.kill()
+    except BaseException:
+        end_workers()
+        raise
     if dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
