@@ -334,6 +334,35 @@ class MaskedAutoencoder(nn.Module):
         return pixels, mask.view(-1, *self.encoder.grid)
 
 
+# --------------------------------------------------------------------------------------------- classifier
+
+
+class Classifier(nn.Module):
+    """The encoder over all tokens; the mean of its patch tokens -> LayerNorm -> dropout -> linear.
+
+    batch_norm=True puts MAE's batch-norm, which has no parameters, before the linear layer: for a frozen encoder.
+    The other arguments: `Encoder`.
+    """
+
+    def __init__(self, *, classes, dropout=0.0, batch_norm=False, dim=1024, **encoder):
+        super().__init__()
+        self.encoder = Encoder(dim=dim, **encoder)
+        self.head_norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False) if batch_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # small: training begins with even odds for all classes
+        nn.init.zeros_(self.head.bias)
+
+    def pooled(self, video):
+        """(B, C, T, H, W) -> (B, D). The encoder's last norm comes after the mean, as in both codes."""
+        x = self.encoder(self.encoder.patches(video))[:, 1:]  # (B, N, D), without the class token
+        return self.encoder.norm(x.mean(dim=1))  # (B, D)
+
+    def forward(self, video):
+        """(B, C, T, H, W), uint8 or normalised float -> (B, classes), before the softmax."""
+        return self.head(self.dropout(self.head_norm(self.pooled(video))))
+
+
 # -------------------------------------------------------------------------------------------------- sizes
 
 # base, large and huge are the paper's ViT-B, ViT-L and ViT-H and share its decoder, 512 wide and 4 deep. small is the
@@ -345,3 +374,92 @@ SIZES = {
     "large": dict(dim=1024, depth=24, heads=16),  # 304 M
     "huge": dict(dim=1280, depth=32, heads=16),  # 631 M
 }
+
+
+# --------------------------------------------------------------------------------------------- weights in
+
+RENAMED = {  # how a name in a released checkpoint begins, and ours; the first that fits counts, others stay as they are
+    "cls_token": "encoder.cls_token",
+    "pos_embed_class": "encoder.pos_cls",
+    "pos_embed_temporal": "encoder.pos_time",
+    "pos_embed_spatial": "encoder.pos_space",
+    "patch_embed.proj.": "encoder.embed.",
+    "blocks.": "encoder.blocks.",
+    "norm.": "encoder.norm.",
+    "head.projection.": "head.",  # the paper's code; mae_st has head. as we do
+    "decoder_pos_embed": "decoder_pos",
+    "pred_head.projections.0.": "decoder_pred.",
+    "pred_head.transforms.0.": "decoder_blocks.",  # the last one of these is the LayerNorm
+}
+
+
+def our_name(name):
+    for theirs, ours in RENAMED.items():
+        if name.startswith(theirs):
+            name = ours + name[len(theirs):]
+            break
+    if name.startswith("decoder_blocks.") and name.count(".") == 2:  # decoder_blocks.4.weight
+        name = "decoder_norm." + name.split(".")[-1]
+    return name.replace(".mlp.fc1.", ".mlp.0.").replace(".mlp.fc2.", ".mlp.2.")
+
+
+def from_released(content):
+    """A released checkpoint, of the paper's code or of mae_st -> dict(model, model_args, left_out), as ours have them.
+
+    mae_st's decoder is another one (it has its own class token) and is left out. One of ours comes back as it is.
+    Raises ValueError when a tensor that the sizes are read from is missing.
+    """
+    if "model_args" in content:
+        return content
+    released = content.get("model_state", content.get("model"))
+    if not isinstance(released, dict):
+        raise ValueError("no weights under model_state or model, so it is neither ours nor a released checkpoint")
+    other_decoder = any(name.startswith("decoder_blocks.") for name in released)
+    left_out = [name for name in released if other_decoder and name.startswith(("decoder_", "mask_token"))]
+    weights = {our_name(name): tensor for name, tensor in released.items() if name not in left_out}
+    for name in [name for name in weights if ".attn.q." in name]:  # the paper's code may have q, k and v apart
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in weights for part in parts):
+            weights[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([weights.pop(part) for part in parts])  # (3 * D, ...)
+    for name, tensor in weights.items():
+        if tensor.dim() == 3:  # tables and tokens: (1, n, D)
+            weights[name] = tensor.squeeze(0)
+    embed = weights.get("encoder.embed.weight", torch.empty(0))
+    if embed.dim() != 5:
+        raise ValueError(f"patch_embed.proj.weight has shape {tuple(embed.shape)}, expected (D, C, u, p, q)")
+    weights["encoder.embed.weight"] = embed.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P), P = u * p * q * C
+    return dict(model=weights, model_args=released_arguments(weights, embed.shape), left_out=left_out)
+
+
+def released_arguments(weights, embed_shape):
+    """The constructor's arguments, from the shapes of the tensors. Frames are as high as wide: the table does not tell."""
+    for name in ("encoder.pos_time", "encoder.pos_space", "encoder.blocks.0.mlp.0.bias"):
+        if name not in weights:
+            raise ValueError(f"{name} (in our names) is missing, the sizes are read from it")
+    (dim, channels, *patch), places = embed_shape, len(weights["encoder.pos_space"])
+    side = math.isqrt(places)
+    if side * side != places:
+        raise ValueError(f"pos_embed_spatial has {places} rows, which is not a square")
+    heads = {size["dim"]: size["heads"] for size in SIZES.values()}  # leave no trace in the weights
+    arguments = dict(frames=len(weights["encoder.pos_time"]) * patch[0], height=side * patch[1], width=side * patch[2], channels=channels,
+                     patch=tuple(patch), dim=dim, depth=len({name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}),
+                     heads=heads.get(dim, max(1, dim // 64)), mlp_ratio=len(weights["encoder.blocks.0.mlp.0.bias"]) // dim)
+    if "head.bias" in weights:
+        arguments["classes"] = len(weights["head.bias"])
+    if "decoder_pos" in weights and "decoder_pred.bias" in weights:
+        decoder_dim, numbers = weights["decoder_pos"].shape[1], len(weights["decoder_pred.bias"])
+        arguments |= dict(decoder_dim=decoder_dim, decoder_heads=max(1, decoder_dim // 64), target="patch" if numbers == math.prod(patch) * channels else "frame",
+                          decoder_depth=len({name.split(".")[1] for name in weights if name.startswith("decoder_blocks.")}))
+    return arguments
+
+
+def interpolate_positions(weights, before, after):
+    """The encoder's position tables for another grid (t, h, w): linear in time, bicubic in space. Returns new weights."""
+    weights, (t, h, w) = dict(weights), after
+    if before[0] != t:
+        table = weights["encoder.pos_time"].float()  # (t before, D)
+        weights["encoder.pos_time"] = F.interpolate(table.T[None], size=t, mode="linear")[0].T  # (t, D)
+    if tuple(before[1:]) != (h, w):
+        table = weights["encoder.pos_space"].float().T.view(1, -1, *before[1:])  # (1, D, h before, w before)
+        weights["encoder.pos_space"] = F.interpolate(table, size=(h, w), mode="bicubic").flatten(2)[0].T  # (h * w, D)
+    return weights

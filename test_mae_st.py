@@ -758,11 +758,16 @@ def assert_same_run(a, b, tolerance=0.0):
         assert_close(a[key], b[key], tolerance, key)
 
 
-def run_script(*command, check=0, environment=None, timeout=120):
-    """Run a script of this repository and look at its exit status."""
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=timeout, env=os.environ | (environment or {}))
-    assert check is None or result.returncode == check, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result
+def run_script(*command, check=0, timeout=120):
+    """Run a script of this repository and look at its exit status; whatever happens, nothing of it stays behind."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == check, f"exit status {process.returncode}\n{out}\n{err}"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def torchrun(*command, processes=2, **options):
@@ -794,12 +799,12 @@ def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos
 def two_processes(some_videos, tmp_path_factory):
     """The folder of a run of two processes, two micro-batches each: 8 videos a step, more than the 7 there are."""
     out = tmp_path_factory.mktemp("two")
-    torchrun("train.py", *arguments(some_videos, out, "--steps", "4", "--accum", "2"))
+    torchrun("train.py", *arguments(some_videos, out, "--steps", "8", "--accum", "2"))
     return out
 
 
 def test_two_processes_accumulating_equal_one_process(some_videos, two_processes, tmp_path, capsys):
-    assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--batch-size", "8")) == 0
+    assert train.main(arguments(some_videos, tmp_path, "--steps", "8", "--batch-size", "8")) == 0
     assert "taken about 1.1 times a step" in capsys.readouterr().out
     losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (tmp_path, two_processes)]
     assert_close(np.array(losses[0]), np.array(losses[1]), 2e-5, "losses")
@@ -968,7 +973,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_very_bytes_of_one_th
     for run in range(runs):
         out = tmp_path / f"run{run}"
         command = ["train.py", *arguments(some_videos, out, "--steps", "60", "--save-every", "1", "--workers", str(run % 3))]
-        total += kill_until_done(command, (3, 6), rng, kills=5 if LONG else 2)
+        total += kill_until_done(command, (3, 6), rng, kills=5 if LONG else 1)
         assert_same_run(tmp_path / "whole" / "last.pt", out / "last.pt")
         assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 61))
     print(f"{runs} runs, {total} kills")
@@ -983,14 +988,14 @@ sys.path.insert(0, {str(HERE)!r})
 import train
 finish = train.Pretraining.finish
 def dying(self, step, *numbers):
-    if step == 2 and self.machine.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if step == 3 and self.machine.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return finish(self, step, *numbers)
 train.Pretraining.finish = dying
 train.run_script(train.main)
 """)
     out = tmp_path / "killed"
-    torchrun("--max-restarts=3", script, *arguments(some_videos, out, "--steps", "4", "--accum", "2"))
+    torchrun("--max-restarts=3", script, *arguments(some_videos, out, "--steps", "8", "--accum", "2"))
     assert_same_run(two_processes / "last.pt", out / "last.pt")
 
 
@@ -1029,7 +1034,8 @@ train.run_script(train.main)
 """)
     result = run_script(script, *arguments(some_videos, tmp_path / "out", "--steps", "20", "--workers", "2", "--data-timeout", "5"), check=1, timeout=60)
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: the data workers gave no batch") and "3.mp4" in last
+    assert last.startswith("error: the data workers gave no batch") and ".mp4" in last
+    assert how == "dies" or "3.mp4" in last  # the death of a worker can show while another's batch is awaited
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -770,7 +770,9 @@ def start(device_name):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun keeps its store over restarts: without a prefix the new processes would look for the dead ones' addresses.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     machine = Machine(device, rank, world, here)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{available_cpus()} CPUs, {torch.get_num_threads()} threads"
     machine.say(f"device: {device.type} ({reason}), {name}, {world} process(es); Python {platform.python_version()}, torch {torch.__version__}, "
