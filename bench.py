@@ -13,10 +13,13 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see train.py
 
 import av
 import numpy as np

@@ -169,16 +169,16 @@ class Block(nn.Module):
 
 
 def initialize_weights(module):
-    """For `Module.apply`; tokens and positions are drawn where they are made, with a spread of 0.02, as in both codes."""
+    """For `Module.apply`; tokens and positions are drawn where they are made."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)  # keeps the variance at any width, so it serves the small sizes too
         nn.init.zeros_(module.bias)
     # LayerNorm starts as torch makes it: weight 1, bias 0.
 
 
-def small_normal(*shape):
-    """A learned table or token, drawn with a spread of 0.02."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
+def small_normal(*shape, std=0.02):
+    """A learned table or token."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std))
 
 
 # ------------------------------------------------------------------------------------------------ encoder
@@ -187,12 +187,13 @@ def small_normal(*shape):
 class Encoder(nn.Module):
     """A plain ViT over the tokens it is given: the visible ones (pre-training) or all of them (everything else).
 
-    drop_path is the rate of the last block, growing linearly from 0 at the first. With checkpointing=True the
+    pos_std is the spread of the positions at the start (0.02 in both codes; see SIZES for the exception). drop_path is
+    the rate of the last block, growing linearly from 0 at the first. With checkpointing=True the
     blocks' activations are computed again in the backward pass instead of kept: less memory, a third more time.
     """
 
     def __init__(self, *, frames=16, height=224, width=224, channels=3, patch=(2, 16, 16),
-                 dim=1024, depth=24, heads=16, mlp_ratio=4, drop_path=0.0, checkpointing=False):
+                 dim=1024, depth=24, heads=16, mlp_ratio=4, pos_std=0.02, drop_path=0.0, checkpointing=False):
         super().__init__()
         self.video_size, self.patch, self.channels = (frames, height, width), tuple(patch), channels
         self.grid = t, h, w = grid_size(self.video_size, self.patch)
@@ -200,8 +201,8 @@ class Encoder(nn.Module):
         self.embed = nn.Linear(math.prod(patch) * channels, dim)
         self.cls_token = small_normal(1, dim)
         self.pos_cls = small_normal(1, dim)
-        self.pos_time = small_normal(t, dim)
-        self.pos_space = small_normal(h * w, dim)
+        self.pos_time = small_normal(t, dim, std=pos_std)
+        self.pos_space = small_normal(h * w, dim, std=pos_std)
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio, drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -254,31 +255,36 @@ class MaskedAutoencoder(nn.Module):
     """
 
     def __init__(self, *, decoder_dim=512, decoder_depth=4, decoder_heads=8, target="frame", norm_pix=True,
-                 mlp_ratio=4, dim=1024, **encoder):
+                 mlp_ratio=4, pos_std=0.02, dim=1024, **encoder):
         super().__init__()
         if target not in ("frame", "patch"):
             raise ValueError(f"target {target!r} is unknown: choose frame (the first of each patch) or patch (all of it)")
-        self.encoder = Encoder(dim=dim, mlp_ratio=mlp_ratio, **encoder)
+        self.encoder = Encoder(dim=dim, mlp_ratio=mlp_ratio, pos_std=pos_std, **encoder)
         self.target, self.norm_pix = target, norm_pix
         u, p, q = self.encoder.patch
         self.target_patch = (1 if target == "frame" else u, p, q)
         self.target_numbers = math.prod(self.target_patch) * self.encoder.channels  # the first so many of P
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = small_normal(1, decoder_dim)
-        self.decoder_pos = small_normal(1 + math.prod(self.encoder.grid), decoder_dim)  # class token, then all tokens
+        self.decoder_pos = small_normal(1 + math.prod(self.encoder.grid), decoder_dim, std=pos_std)  # class token, then all tokens
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads, mlp_ratio) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, self.target_numbers)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(initialize_weights)
 
-    def forward(self, video, mask_ratio=0.9, noise=None):
+    def forward(self, video, mask_ratio=0.9, noise=None, decode_ratio=1.0):
         """The loss: mean squared error over the hidden patches.
 
         video: (B, C, T, H, W), uint8 0..255 or normalised float. noise: see `mask_noise`; None draws agnostic noise.
+        decode_ratio: share of the hidden patches that the decoder sees and predicts, those of the smallest noise; 1.0
+        is the paper, 0.5 about VideoMAE V2's (arXiv 2303.16727) and CrossMAE's (2401.14391) saving.
         """
+        if not 0 < decode_ratio <= 1:
+            raise ValueError(f"decode ratio {decode_ratio} is out of range: give a number above 0, at most 1")
         patches = self.encoder.patches(video)  # (B, N, P)
         keep, hide = self.split(patches, mask_ratio, noise)  # (B, K), (B, M)
+        hide = hide[:, :max(1, round(decode_ratio * hide.shape[1]))]  # all of them, unless asked otherwise
         latent = self.encoder.norm(self.encoder(patches, keep))  # (B, 1 + K, D)
         prediction = self.decode(latent, keep, hide)  # (B, M, target)
         target, _ = self.targets(patches, hide)  # (B, M, target)
@@ -366,9 +372,10 @@ class Classifier(nn.Module):
 # -------------------------------------------------------------------------------------------------- sizes
 
 # base, large and huge are the paper's ViT-B, ViT-L and ViT-H and share its decoder, 512 wide and 4 deep. small is the
-# usual ViT-S with a decoder half as wide; tiny is made for small pictures on two CPU cores, and for tests.
+# usual ViT-S with a decoder half as wide; tiny is made for small pictures on two CPU cores, and for tests: its positions
+# start large, which shortens the time in which a small model predicts nothing but average colours.
 SIZES = {
-    "tiny": dict(dim=128, depth=4, heads=2, decoder_dim=64, decoder_depth=2, decoder_heads=1),
+    "tiny": dict(dim=128, depth=4, heads=2, decoder_dim=64, decoder_depth=2, decoder_heads=1, pos_std=0.3),
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
     "base": dict(dim=768, depth=12, heads=12),  # 86 M encoder parameters
     "large": dict(dim=1024, depth=24, heads=16),  # 304 M

@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-import types
+import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +24,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import mae_st
 import train
 from mae_st import STRATEGIES, MaskedAutoencoder, mask_noise, patchify, split_tokens, unpatchify
@@ -188,6 +191,19 @@ def test_hidden_pixels_never_reach_the_encoder():
     assert torch.equal(model.encoder(patches, keep), model.encoder(other, keep))
     other[0, keep[0]] = 255 - other[0, keep[0]]
     assert not torch.equal(model.encoder(patches, keep), model.encoder(other, keep))
+
+
+def test_decoding_a_share_of_the_hidden_patches_is_decoding_those_of_the_smallest_noise():
+    torch.manual_seed(0)
+    model, video, noise = MaskedAutoencoder(**SMALL), torch.randn(2, 3, 4, 12, 20), mask_noise("agnostic", 2, (2, 3, 5))
+    patches = patchify(video, (2, 4, 4))
+    keep, hide = split_tokens(noise, (2, 3, 5), 0.8)
+    latent = model.encoder.norm(model.encoder(patches, keep))
+    prediction, (target, _) = model.decode(latent, keep, hide[:, :12]), model.targets(patches, hide[:, :12])
+    assert_close(model(video, 0.8, noise, decode_ratio=0.5).detach(), F.mse_loss(prediction, target).detach(), 1e-6, "loss")
+    assert torch.equal(model(video, 0.8, noise, decode_ratio=1.0), model(video, 0.8, noise))
+    with pytest.raises(ValueError, match="decode ratio 0"):
+        model(video, 0.8, noise, decode_ratio=0.0)
 
 
 def test_bytes_and_normalised_floats_give_the_same_loss():
@@ -1047,3 +1063,97 @@ def test_on_a_gpu_a_resumed_run_is_the_same_run(some_videos, tmp_path):
     (tmp_path / "parts" / "last-1.pt").replace(tmp_path / "parts" / "last.pt")  # back to step 2
     assert train.main(gpu(tmp_path / "parts")) == 0
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt", tolerance=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- bench.py
+
+SPEED = "--model tiny --frames 4 --size 16 --patch 2x8x8 --batch-size 2 --rounds 1 --stride 2 --device cpu".split()
+
+
+def test_the_arithmetic_gives_table_1_of_the_paper_within_a_percent():
+    _, (dense, sparse) = bench.predict(bench.parse_arguments("--flops --model large --ratios 0.9".split()))
+    assert abs(dense["gmacs_as_paper"] / 627.5 - 1) < 0.01 and abs(sparse["gmacs_as_paper"] / 81.0 - 1) < 0.01
+    assert abs(sparse["gmacs"] / 79.5 - 1) < 0.01 and sparse["visible_tokens"] == 156 and dense["visible_tokens"] == 1568
+
+
+@pytest.mark.parametrize("strategy, decode_ratio", [("agnostic", 1.0), ("tube", 1.0), ("frame", 1.0), ("agnostic", 0.5)])
+def test_multiply_adds_are_those_that_torch_counts(strategy, decode_ratio):
+    args = bench.parse_arguments(f"--model tiny --frames 8 --size 24x40 --patch 2x8x8 --strategy {strategy} --decode-ratio {decode_ratio}".split())
+    model, video = bench.build(args, "cpu"), bench.random_video(2, args, "cpu")
+    noise, extra = mask_noise(strategy, 2, model.encoder.grid), {} if decode_ratio == 1 else dict(decode_ratio=decode_ratio)
+    for row in bench.arithmetic(model, args):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model.dense(video, row["mask_ratio"], noise) if row["dense"] else model(video, row["mask_ratio"], noise, **extra)
+        counted = counter.get_total_flops() / 2 / 2 / 1e9  # two clips, and a multiply-add is two operations
+        assert_close(row["gmacs"], counted, 1e-12, f"{row['name']}, {strategy}, {decode_ratio} decoded")
+
+
+def test_the_dense_baseline_is_an_encoder_over_all_tokens_with_a_learned_one_for_the_hidden():
+    torch.manual_seed(0)
+    model = bench.WithDense(**SMALL).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    encoder, video, noise = model.encoder, torch.randn(2, 3, 4, 12, 20, dtype=torch.float64), mask_noise("agnostic", 2, (2, 3, 5))
+    _, hide = split_tokens(noise, encoder.grid, 0.7)
+    losses = []
+    for b in range(2):  # tokens in their natural order, clip by clip
+        hidden = torch.zeros(30, dtype=torch.bool).index_fill(0, hide[b], True)
+        x = torch.where(hidden[:, None], model.encoder_mask_token, encoder.embed(patchify(video, (2, 4, 4))[b])) + encoder.positions()
+        x = torch.cat([encoder.cls_token + encoder.pos_cls, x])
+        for block in encoder.blocks:
+            x = plain_block(block, x)
+        x = model.decoder_embed(encoder.norm(x)) + model.decoder_pos
+        for block in model.decoder_blocks:
+            x = plain_block(block, x)
+        target, _ = model.targets(patchify(video, (2, 4, 4))[b:b + 1], hidden.nonzero().T)
+        losses.append(F.mse_loss(model.decoder_pred(model.decoder_norm(x[1:][hidden])), target[0]))
+    loss, expected = model.dense(video, 0.7, noise), torch.stack(losses).mean()
+    assert_close(loss.detach(), expected.detach(), 1e-10, "loss")
+
+
+def test_running_out_of_memory_halves_the_batch_and_says_so(monkeypatch, capsys):
+    args = bench.parse_arguments([*SPEED, "--repeat", "1", "--batch-size", "8"])
+    run = bench.Run(args, train.start("cpu"))
+    row = bench.Row(run, bench.predict(args)[1][0])
+
+    def step():
+        if row.videos > allowed:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(row, "step", step)
+    allowed = 3
+    bench.fit(row)
+    assert row.videos == 2 and capsys.readouterr().out.count("the batch is halved") == 2
+    allowed = 0
+    with pytest.raises(train.InputError, match="out of memory at one video"):
+        bench.fit(row)
+
+
+def test_the_straightforward_reading_gives_the_same_clips_and_is_timed_beside_ours(some_videos, tmp_path, capsys):
+    for path in some_videos.iterdir():
+        clips = [[train.RandomClip(np.random.default_rng(i), 4, 2) for i in range(8)] for _ in range(2)]
+        ours, other = torch.from_numpy(train.read_clips(str(path), clips[0], (32, 32))).float(), bench.read_straightforwardly(str(path), clips[1], (32, 32))
+        ours, other = ours.mean(-1), other.mean(2)  # (R, T, H, W), brightness: colours are blurred differently
+        same, different = (ours - other).abs().mean().item(), (ours - other.roll(1, dims=0)).abs().mean().item()
+        assert 2 * same < different, f"mean difference {same:.2f}, between different clips {different:.2f}"
+    assert bench.main([*SPEED, "--loader", str(some_videos), "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 7 and all(abs(row["ratio"] * row["straightforward_clips_per_s"] / row["clips_per_s"] - 1) < 1e-9 for row in rows)
+    assert sum(line.startswith("|") for line in capsys.readouterr().out.splitlines()) == 2 + 7
+
+
+def test_bench_prints_a_table_and_writes_its_rows_and_a_chart(some_videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LEAST", 0)
+    files = ["--json", str(tmp_path / "rows.json"), "--chart", str(tmp_path / "chart.svg")]
+    assert bench.main([*SPEED, "--end-to-end", str(some_videos), "--workers", "1", "--ratios", "0.5", "0.75", *files]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    dense, *rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1
+    assert dense["dense"] and [row["mask_ratio"] for row in rows] == [0.5, 0.75] and [row["visible_tokens"] for row in rows] == [4, 2]
+    for row in [dense, *rows]:
+        assert row["clips"] == 8 and abs(row["step_ms"] * row["clips_per_s"] / 8000 - 1) < 1e-9 and 0 <= row["data_wait"] <= 1
+        assert abs(row["speedup"] * dense["clips_per_s"] / row["clips_per_s"] - 1) < 1e-9 and row["peak_mem_gb"] is None
+        assert abs(row["load_compute_speedup"] * dense["load_compute_clips_per_s"] / row["load_compute_clips_per_s"] - 1) < 1e-9
+        assert abs(row["measured_over_predicted"] * row["predicted_speedup"] / row["speedup"] - 1) < 1e-9
+    drawn = ElementTree.parse(tmp_path / "chart.svg").iter("{http://www.w3.org/2000/svg}circle")
+    assert len(list(drawn)) == 3 * 2  # predicted, compute, load + compute at two ratios
