@@ -401,10 +401,10 @@ RENAMED = {  # how a name in a released checkpoint begins, and ours; the first t
 
 
 def our_name(name):
-    for theirs, ours in RENAMED.items():
-        if name.startswith(theirs):
-            name = ours + name[len(theirs):]
-            break
+    theirs = next((beginning for beginning in RENAMED if name.startswith(beginning)), None)
+    if theirs is None:
+        return name
+    name = RENAMED[theirs] + name[len(theirs):]
     if name.startswith("decoder_blocks.") and name.count(".") == 2:  # decoder_blocks.4.weight
         name = "decoder_norm." + name.split(".")[-1]
     return name.replace(".mlp.fc1.", ".mlp.0.").replace(".mlp.fc2.", ".mlp.2.")
@@ -432,8 +432,8 @@ def from_released(content):
         if tensor.dim() == 3:  # tables and tokens: (1, n, D)
             weights[name] = tensor.squeeze(0)
     embed = weights.get("encoder.embed.weight", torch.empty(0))
-    if embed.dim() != 5:
-        raise ValueError(f"patch_embed.proj.weight has shape {tuple(embed.shape)}, expected (D, C, u, p, q)")
+    if embed.dim() != 5 or embed.shape[1] != 3 or embed.shape[3] != embed.shape[4]:
+        raise ValueError(f"patch_embed.proj.weight has shape {tuple(embed.shape)}, expected (D, 3, u, p, p)")
     weights["encoder.embed.weight"] = embed.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P), P = u * p * q * C
     return dict(model=weights, model_args=released_arguments(weights, embed.shape), left_out=left_out)
 

@@ -450,6 +450,25 @@ def test_times_count_from_the_first_frame_and_variable_rates_are_followed(tmp_pa
     assert np.array_equal(train.read_clips(path, [FixedClip(times)], (32, 32))[0], rendered([decoded[i] for i in expected], (32, 32)))
 
 
+def test_missing_time_stamps_are_counted(tmp_path):
+    """A raw H.264 stream has none; its frames are shown at its frame rate, in the order in which the decoder gives them."""
+    path = encode(tmp_path / "a.h264", natural_frames(30, 32, 32), rate=25, options={"bf": "2"})
+    with av.open(path) as container:
+        rate, frames = float(container.streams.video[0].average_rate), list(container.decode(video=0))
+    got = train.read_clips(path, [FixedClip(np.arange(5) / 5)], (32, 32))[0]
+    assert np.array_equal(got, rendered([frames[math.floor(i / 5 * rate + 1e-6)] for i in range(5)], (32, 32)))
+
+
+def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path):
+    path = encode(tmp_path / "a.mp4", natural_frames(30, 32, 32), pts=np.arange(30) * 40 - 400, options={"bf": "2"})
+    with av.open(path) as container:
+        assert any(packet.is_discard for packet in container.demux(video=0)), "the file has such an edit list"
+    frames, seconds = full_decode(path)
+    assert len(frames) == 20 and frames[0].pts == 0
+    got = train.read_clips(path, [FixedClip(np.arange(5) / 10)], (32, 32))[0]
+    assert np.array_equal(got, rendered([frames[i] for i in train.shown_at(np.arange(5) / 10, seconds)], (32, 32)))
+
+
 def test_a_video_shorter_than_a_clip_repeats_its_last_frame(tmp_path):
     one = encode(tmp_path / "one.mp4", natural_frames(1, 32, 32))
     clip = train.RandomClip(np.random.default_rng(0), 16, 4)

@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, mask_noise, split_tokens
+from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, from_released, mask_noise, split_tokens
 
 
 class InputError(Exception):
@@ -437,8 +437,8 @@ class VideoClips(Dataset):
     perm(seed, k // n)[k % n] of n; a video that cannot be read is replaced by one that k alone determines.
     """
 
-    def __init__(self, videos, *, seed, repeat, frames, stride, size, noise=None, area=(0.5, 1.0), flip=True):
-        self.videos, self.seed, self.repeat = videos, seed, repeat
+    def __init__(self, videos, *, seed, repeat, frames, stride, size, noise=None, area=(0.5, 1.0), flip=True, kind=RandomClip):
+        self.videos, self.seed, self.repeat, self.kind = videos, seed, repeat, kind
         self.frames, self.stride, self.size, self.area, self.flip = frames, stride, size, area, flip
         self.noise = noise  # (strategy, grid), or None for no noise
         self.order = (None, None)  # the pass we are in, and its permutation
@@ -453,7 +453,7 @@ class VideoClips(Dataset):
         video, bad = self.video_of(k), []
         for attempt in range(10):
             generators = [random(self.seed, CLIP, k, repeat) for repeat in range(self.repeat)]
-            clips = [RandomClip(rng, self.frames, self.stride, self.area, self.flip) for rng in generators]
+            clips = [self.kind(rng, self.frames, self.stride, self.area, self.flip) for rng in generators]
             try:
                 pixels = read_clips(self.videos[video], clips, self.size)  # (R, T, H, W, 3)
                 break
@@ -538,10 +538,10 @@ def end_workers():
         worker.kill()
 
 
-def to_device(batch, device, copy_stream):
+def to_device(batch, device, copy_stream, second="noise"):
     """Start copying a batch to the device beside the step that is running there; returns video (B * R, 3, T, H, W), noise."""
     with torch.cuda.stream(copy_stream) if copy_stream else contextlib.nullcontext():
-        video, noise = (batch[key].to(device, non_blocking=True) for key in ("video", "noise"))
+        video, noise = (batch[key].to(device, non_blocking=True) for key in ("video", second))
     if copy_stream:
         torch.cuda.current_stream().wait_stream(copy_stream)
         for tensor in (video, noise):
@@ -569,14 +569,15 @@ def moving_shapes(rng, move, frames, size):
     tells the class.
     """
     kind = SHAPES[rng.choice(list(SHAPES))]
-    y, x = np.mgrid[0:size, 0:size] + 0.5  # (H, W)
-    corners = rng.uniform(30, 225, (2, 2, 3))
+    y, x = (np.mgrid[0:size, 0:size] + 0.5).astype(np.float32)  # (H, W)
+    corners = rng.uniform(30, 225, (2, 2, 3)).astype(np.float32)
     across, down = (x / size)[..., None], (y / size)[..., None]
     video = (1 - down) * ((1 - across) * corners[0, 0] + across * corners[0, 1]) + down * ((1 - across) * corners[1, 0] + across * corners[1, 1])
     angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.2, 0.45) * size / 30  # pixels per frame: a crossing in 2 to 5 s
-    time_axis = np.arange(frames)[:, None, None]
+    time_axis = np.arange(frames, dtype=np.float32)[:, None, None]
     for velocity in (0, speed):
-        radius, colour, (left, top) = rng.uniform(0.2, 0.3) * size, rng.uniform(0, 255, 3), rng.uniform(0, size, 2)
+        radius, left, top = rng.uniform(0.2, 0.3) * size, rng.uniform(0, size), rng.uniform(0, size)
+        colour = rng.uniform(0, 255, 3).astype(np.float32)
         dx = (x - left - velocity * math.cos(angle) * time_axis + size / 2) % size - size / 2  # (T, H, W)
         dy = (y - top + velocity * math.sin(angle) * time_axis + size / 2) % size - size / 2
         inside = np.clip(0.5 - kind(dx / radius, dy / radius) * radius, 0, 1)[..., None]  # a soft edge one pixel wide
@@ -595,7 +596,7 @@ def write_video(path, frames, fps, options=None):
         container.mux(stream.encode(None))
 
 
-def generate_videos(folder, per_class=100, held_out=25, frames=60, size=64, seed=0):
+def generate_videos(folder, per_class=80, held_out=20, frames=48, size=64, seed=0):
     """Write labelled H.264 videos to folder/train and folder/val, one sub-folder a class, complete or not at all."""
     folder = Path(folder)
     if folder.is_dir():
@@ -606,7 +607,7 @@ def generate_videos(folder, per_class=100, held_out=25, frames=60, size=64, seed
         for part, move, i in tqdm(jobs, desc=f"writing videos to {folder}", unit="video"):
             (unfinished / part / move).mkdir(parents=True, exist_ok=True)
             rng = random(seed, ("train", "val").index(part), MOVES.index(move), i)
-            write_video(unfinished / part / move / f"{i:04d}.mp4", moving_shapes(rng, move, frames, size), fps=30, options={"crf": "18"})
+            write_video(unfinished / part / move / f"{i:04d}.mp4", moving_shapes(rng, move, frames, size), fps=30, options={"crf": "18", "preset": "veryfast"})
         unfinished.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write the generated videos to {folder}: {error.strerror}; make room, or give your own with --data") from error
@@ -714,7 +715,8 @@ def read_checkpoint(path):
     if broken:
         raise Damaged(f"{path} is damaged in {broken}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in the checkpoints of mae_st; holds plain values
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} is refused: it holds more than tensors and plain values, so loading it could run code") from error
 
@@ -733,11 +735,11 @@ def find_checkpoint(folder):
 
 
 def load_init(path):
-    """The content of the checkpoint given as --init."""
+    """The content of the checkpoint given as --init: one of ours, or a released one in the form of ours."""
     try:
-        return read_checkpoint(path)
-    except Damaged as problem:
-        raise InputError(f"--init {problem}; give another checkpoint") from problem
+        return from_released(read_checkpoint(path))
+    except (Damaged, ValueError) as problem:
+        raise InputError(f"--init {problem if isinstance(problem, Damaged) else f'{path}: {problem}'}; give another checkpoint") from problem
 
 
 # ------------------------------------------------------------------------------------ processes and precision
@@ -914,9 +916,13 @@ class Log:
             self.file = open(path, "a", buffering=1)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=machine.rank > 0, dynamic_ncols=True, mininterval=0.5)
 
-    def row(self, **row):
+    def write(self, **row):
         if self.file:
             self.file.write(json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n")
+
+    def row(self, **row):
+        self.write(**row)
+        if self.file:
             loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
             self.bar.set_postfix_str(f"loss {loss} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
         self.bar.update()
@@ -939,12 +945,15 @@ def is_row_before(line, step):
 
 
 class Pretraining:
-    """One run: what it needs, and what it does at a step."""
+    """One run: what it needs, and what it does at a step. `finetune.py` puts its own model, data and loss into the same loop."""
+
+    DECIDES = "model frames stride size patch mask_ratio strategy target norm_pix repeat seed lr weight_decay warmup clip init"
+    BETAS = 0.9, 0.95
 
     def __init__(self, args, machine):
         self.args, self.machine, self.out = args, machine, Path(args.out)
         self.device = machine.device
-        self.videos = list_videos(args.data, machine.say)
+        self.videos = self.find_videos()
         self.batch = args.batch_size * args.accum * machine.world  # videos a step
         self.steps = args.steps or math.ceil(args.epochs * len(self.videos) / self.batch)
         self.peak_lr = args.lr * self.batch / 512
@@ -952,27 +961,41 @@ class Pretraining:
         self.dtype, self.precision_reason = choose_precision(args.amp, self.device)
         self.workers, self.workers_reason = choose_workers(args.workers, self.device, machine.ranks_here)
         torch.manual_seed(args.seed)
-        self.model_args = model_arguments(args)
-        self.model = build(self.model_args).to(self.device)
+        self.model_args, self.model = self.make_model()
         fused = self.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(decay_groups(self.model, args.weight_decay), lr=self.peak_lr, betas=(0.9, 0.95), fused=fused)
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.peak_lr, betas=self.BETAS, fused=fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.preview, self.batches = 0, None, None
-        self.noise = args.strategy, self.model.encoder.grid
         self.clips = self.make_clips(args.repeat)
         self.sampler = StepSampler(None, args.batch_size, args.accum, machine.rank, machine.world)
         self.skipped = Skipped(self.videos, machine)
 
+    def find_videos(self):
+        return list_videos(self.args.data, self.machine.say)
+
+    def make_model(self):
+        model_args = model_arguments(self.args)
+        return model_args, build(model_args).to(self.device)
+
+    def parameter_groups(self):
+        return decay_groups(self.model, self.args.weight_decay)
+
     def make_clips(self, repeat):
         args = self.args
-        return VideoClips(self.videos, seed=args.seed, repeat=repeat, frames=args.frames, stride=args.stride, size=args.size, noise=self.noise)
+        return VideoClips(self.videos, seed=args.seed, repeat=repeat, frames=args.frames, stride=args.stride, size=args.size,
+                          noise=(args.strategy, self.model.encoder.grid))
+
+    def rate(self, step):
+        return learning_rate(step, self.steps, self.peak_lr, self.args.warmup)
+
+    def loss(self, model, video, noise):
+        return model(video, self.args.mask_ratio, noise)
 
     # -- state
 
     def identity(self):
         """The arguments that decide what is computed, for a look at them on resuming."""
-        names = "model frames stride size patch mask_ratio strategy target norm_pix repeat seed lr weight_decay warmup clip init".split()
-        names = {name: getattr(self.args, name) for name in names}
+        names = {name: getattr(self.args, name) for name in self.DECIDES.split()}
         return names | dict(precision=str(self.dtype), steps=self.steps, videos_per_step=self.batch, videos=len(self.videos), list=zlib.crc32(self.videos.block))
 
     def state(self):
@@ -989,17 +1012,20 @@ class Pretraining:
         content = read_checkpoint(chosen[0])
         before, now = content.get("identity"), self.identity()
         if before is None or content.keys() != self.state().keys():
-            raise InputError(f"{chosen[0]} was not written by train.py; choose another --out")
+            raise InputError(f"{chosen[0]} is no checkpoint of such a run; choose another --out")
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
         if changed:
             raise InputError(f"--out {self.out} holds a run with other arguments: {'; '.join(changed)}. Go on with the old ones, or choose another --out")
+        self.restore(content)
+        self.machine.say(f"going on from {chosen[0]} after step {self.step} of {self.steps}")
+        if content["world"] != self.machine.world:
+            self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, but no longer bit for bit the same run")
+
+    def restore(self, content):
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
-        self.machine.say(f"going on from {chosen[0]} after step {self.step} of {self.steps}")
-        if content["world"] != self.machine.world:
-            self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, but no longer bit for bit the same run")
 
     def save(self):
         if self.machine.rank == 0:
@@ -1015,8 +1041,7 @@ class Pretraining:
         """Train to the last step, or to a signal; returns the exit status."""
         args, machine = self.args, self.machine
         make_folder(self.out)
-        if args.init:
-            load_weights(self.model, load_init(args.init), args.init)
+        self.begin()
         self.resume()
         self.report()
         stop = StopRequest()
@@ -1030,22 +1055,23 @@ class Pretraining:
         if stop.signal:
             machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
             return 128 + stop.signal
-        if not (self.out / "reconstruction.png").exists():
-            self.save()
-        machine.say(f"done: {self.steps} steps; {self.out}/last.pt, log.jsonl, reconstruction.png and reconstruction.mp4")
+        self.conclude()
         return 0
 
+    def begin(self):
+        if self.args.init:
+            load_weights(self.model, load_init(self.args.init), self.args.init)
+
+    def conclude(self):
+        if not (self.out / "reconstruction.png").exists():
+            self.save()
+        self.machine.say(f"done: {self.steps} steps; {self.out}/last.pt, log.jsonl, reconstruction.png and reconstruction.mp4")
+
     def report(self):
-        args, say, model = self.args, self.machine.say, self.model
+        args, say = self.args, self.machine.say
         say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items())}")
         say(f"videos: {len(self.videos)}, the first as read: " + "; ".join(self.describe(i) for i in range(min(3, len(self.videos)))))
-        try:
-            keep, hide = split_tokens(mask_noise(args.strategy, 1, model.encoder.grid), model.encoder.grid, args.mask_ratio)
-        except ValueError as error:
-            raise InputError(f"--mask-ratio: {error}") from error
-        tokens = keep.shape[1] + hide.shape[1]
-        say(f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {keep.shape[1]} of {tokens} tokens, "
-            f"{hide.shape[1] / tokens:.1%} hidden ({args.strategy})")
+        say(self.describe_model())
         say(f"precision: {self.dtype or 'float32'} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
             f"data workers: {self.workers} ({self.workers_reason})")
         say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) = {self.batch} videos a step, "
@@ -1054,11 +1080,21 @@ class Pretraining:
             say(f"a step takes more videos than there are: each is taken about {self.batch / len(self.videos):.1f} times a step, as different clips")
         passes = self.steps * self.batch / len(self.videos)
         say(f"length: {self.steps} steps = {passes:.1f} passes over the list = {passes * args.repeat:.1f} effective epochs, warm-up {args.warmup * self.steps:.0f} steps; "
-            f"lr {args.lr:g} x {self.batch} / 512 = {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
+            f"lr {args.lr:g} x {self.peak_lr / args.lr * 512:.0f} / 512 = {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
 
     def names(self, samples):
         """The paths of the videos that these samples stand for, sorted."""
         return sorted({self.videos[self.clips.video_of(k)] for k in samples})
+
+    def describe_model(self):
+        args, model = self.args, self.model
+        try:
+            keep, hide = split_tokens(mask_noise(args.strategy, 1, model.encoder.grid), model.encoder.grid, args.mask_ratio)
+        except ValueError as error:
+            raise InputError(f"--mask-ratio: {error}") from error
+        tokens = keep.shape[1] + hide.shape[1]
+        return (f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {keep.shape[1]} of {tokens} tokens, "
+                f"{hide.shape[1] / tokens:.1%} hidden ({args.strategy})")
 
     def describe(self, i):
         return self.videos[i] + (f" (label {self.videos.labels[i]})" if self.videos.labels else " (no label)")
@@ -1092,15 +1128,14 @@ class Pretraining:
     def optimizer_step(self, model, step, stop):
         """All micro-batches of a step and the update. Returns, on the device: loss, gradient norm, not finite?, asked to stop?"""
         args, total = self.args, torch.zeros((), device=self.device)
-        rate = learning_rate(step, self.steps, self.peak_lr, args.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate(step) * group.get("scale", 1)
         for micro in range(args.accum):
-            video, noise = self.next_batch(step, micro)
+            inputs = self.next_batch(step, micro)
             last = micro == args.accum - 1
             with contextlib.nullcontext() if last or self.machine.world == 1 else model.no_sync():
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    loss = model(video, args.mask_ratio, noise) / args.accum
+                    loss = self.loss(model, *inputs) / args.accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         norm = update(self.optimizer, self.scaler, self.model.parameters(), args.clip, total)
@@ -1112,13 +1147,17 @@ class Pretraining:
             dist.all_reduce(status)
         return status
 
-    def next_batch(self, step, micro):
+    def fetch(self, step, micro):
+        """The next batch of the data workers, on the CPU."""
         began = time.perf_counter()
         self.expected = self.sampler.samples(step, micro)
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
         self.skipped.note(batch)
-        video, noise = to_device(batch, self.device, self.copy_stream)
+        return batch
+
+    def next_batch(self, step, micro):
+        video, noise = to_device(self.fetch(step, micro), self.device, self.copy_stream)
         if step == 0 and micro == 0 and self.machine.rank == 0:
             patches = self.model.encoder.patches(video)
             target, _ = self.model.targets(patches, self.model.split(patches, self.args.mask_ratio, noise)[1])
@@ -1129,7 +1168,7 @@ class Pretraining:
         """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
         (loss, norm, bad, asked), args = late.read(), self.args
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        row = dict(step=step + 1, epoch=(step + 1) * self.batch / len(self.videos), loss=loss, lr=learning_rate(step, self.steps, self.peak_lr, args.warmup),
+        row = dict(step=step + 1, epoch=(step + 1) * self.batch / len(self.videos), loss=loss, lr=self.rate(step),
                    grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=waited / seconds, peak_mem_gb=memory)
         if bad:
             samples = range(step * self.batch, (step + 1) * self.batch)
@@ -1279,12 +1318,13 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=900, batch_size=8, lr=0.128,
+DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=900, batch_size=16, repeat=2, lr=0.064,
             warmup=0.1, clip=1.0)
 
 
-def parse_arguments(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+def shared_arguments(description):
+    """A parser with the flags that train.py and finetune.py share, and its groups: data, method, recipe, run."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder of videos (class sub-folders or flat) or list file; without it a small set is written and used")
     data.add_argument("--frames", type=whole, default=16, help="frames of a clip")
@@ -1296,29 +1336,34 @@ def parse_arguments(argv=None):
     method = parser.add_argument_group("method")
     method.add_argument("--model", choices=SIZES, default="large", help="size")
     method.add_argument("--patch", type=numbers((3,), "three sizes such as 2x16x16 (frames x height x width)"), default=(2, 16, 16), help="frames x height x width of a patch")
-    method.add_argument("--mask-ratio", type=float, default=0.9, help="share of the tokens that is hidden")
-    method.add_argument("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
-    method.add_argument("--target", choices=("frame", "patch"), default="frame", help="predict the first frame of each patch, or all")
-    method.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="normalise each target patch")
     method.add_argument("--checkpointing", action="store_true", help="save memory by computing activations again in the backward pass")
     recipe = parser.add_argument_group("recipe (the paper's)")
     recipe.add_argument("--epochs", type=positive, default=200, help="passes over the list; the paper's effective epochs are these x repeat")
     recipe.add_argument("--steps", type=whole, help="optimizer steps in all, in place of --epochs")
     recipe.add_argument("--batch-size", type=whole, help="videos per process and micro-batch (default: 16 on a GPU, 2 on a CPU)")
     recipe.add_argument("--accum", type=whole, default=1, help="micro-batches per step")
-    recipe.add_argument("--lr", type=positive, default=1.6e-3, help="learning rate per 512 videos a step; scaled linearly")
     recipe.add_argument("--weight-decay", type=between(0, 10), default=0.05, help="of matrices and tables")
-    recipe.add_argument("--warmup", type=between(0, 1), default=0.15, help="share of the steps (120 of 800 epochs)")
     recipe.add_argument("--clip", type=positive, default=0.02, help="largest norm of the gradient")
     recipe.add_argument("--seed", type=between(0, 2**31, int), default=0, help="everything random follows from it")
     run = parser.add_argument_group("run")
-    run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
     run.add_argument("--init", help="checkpoint to take the weights from")
     run.add_argument("--save-every", type=whole, help="steps between checkpoints (default: a twentieth of the run)")
     run.add_argument("--keep", type=whole, default=2, help="checkpoints to keep")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="reduced precision")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
+    return parser, data, method, recipe, run
+
+
+def parse_arguments(argv=None):
+    parser, _, method, recipe, run = shared_arguments(__doc__.split("\n\n")[0])
+    method.add_argument("--mask-ratio", type=float, default=0.9, help="share of the tokens that is hidden")
+    method.add_argument("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
+    method.add_argument("--target", choices=("frame", "patch"), default="frame", help="predict the first frame of each patch, or all")
+    method.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="normalise each target patch")
+    recipe.add_argument("--lr", type=positive, default=1.6e-3, help="learning rate per 512 videos a step; scaled linearly")
+    recipe.add_argument("--warmup", type=between(0, 1), default=0.15, help="share of the steps (120 of 800 epochs)")
+    run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
     run.add_argument("--reconstruct", metavar="VIDEO", help="only show what --init makes of this video")
     run.add_argument("--check-data", action="store_true", help="only read every file of --data once and name the bad ones")
     if parser.parse_known_args(argv)[0].data is None:
@@ -1328,24 +1373,28 @@ def parse_arguments(argv=None):
 
 def complete(args, machine):
     """Fill in what depends on the machine, with the reason for it."""
-    if args.out is None:
-        args.out = "runs/reconstruct" if args.reconstruct else "runs/pretrain"
     args.batch_reason = "as asked" if args.batch_size else "for a GPU" if machine.device.type == "cuda" else "for a CPU"
     args.batch_size = args.batch_size or (16 if machine.device.type == "cuda" else 2)
     args.compile_reason = "as asked" if args.compile is not None else "the default on a GPU" if machine.device.type == "cuda" else "gains nothing on a CPU"
     args.compile = machine.device.type == "cuda" if args.compile is None else args.compile
-    if args.data is None and not args.reconstruct:
-        if machine.rank == 0:
-            generate_videos("data/moving_shapes")
-        if machine.world > 1:
-            dist.barrier()
-        args.data = "data/moving_shapes/train"
+
+
+def demo_videos(machine):
+    """The folder of the generated videos, written by the first process if it is not there."""
+    if machine.rank == 0:
+        generate_videos("data/moving_shapes")
+    if machine.world > 1:
+        dist.barrier()
+    return "data/moving_shapes"
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     machine = start(args.device)
     complete(args, machine)
+    args.out = args.out or ("runs/reconstruct" if args.reconstruct else "runs/pretrain")
+    if args.data is None and not args.reconstruct:
+        args.data = f"{demo_videos(machine)}/train"
     if args.reconstruct:
         return reconstruct(args, machine)
     if args.check_data:
