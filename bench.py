@@ -510,7 +510,7 @@ def speed(args):
 
 
 def parse_arguments(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what to measure (default: the table of steps)").add_mutually_exclusive_group()
     what.add_argument("--flops", action="store_true", help="only the arithmetic")
     what.add_argument("--loader", metavar="FOLDER", nargs="?", const="", help="only reading clips; generated files without a folder")

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -268,7 +267,8 @@ def find_classes(videos, where):
         return names
     wrong = [name for name in names if not name.isdecimal() or int(name) >= 100_000]
     if wrong:
-        raise InputError(f"{where}: label {wrong[0]!r} is not a whole number from 0 to 99999, and there are numbers; number the classes 0, 1, 2, ..., or name them all")
+        raise InputError(f"{where}: label {wrong[0]!r} is not a whole number from 0 to 99999, and others are numbers; "
+                         f"number the classes 0, 1, 2, ..., or name them all")
     return [str(number) for number in range(1 + max(map(int, names)))]
 
 
@@ -278,8 +278,8 @@ def label_numbers(videos, classes, where):
     names = [str(int(name)) if name.isdecimal() and name not in number else name for name in labels_of(videos, where)]  # 07 is 7
     unknown = sorted(set(names) - number.keys())
     if unknown:
-        raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}); "
-                         f"take its videos out, or train with it")
+        some = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+        raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({some}); take its videos out, or train with it")
     return torch.tensor([number[name] for name in names])
 
 
@@ -300,7 +300,8 @@ def find_videos(args, say, classes=None):
         held_out = [zlib.crc32(os.fsencode(os.path.relpath(videos[i], folder))) % 10 == 0 for i in range(len(videos))]
         val, train = (subset(videos, [i for i, out in enumerate(held_out) if out == wanted]) for wanted in (True, False))
         if not len(val) or not len(train):
-            raise InputError(f"--data {args.data}: a tenth of {len(videos)} videos, chosen by their paths, leaves {len(train)} for training and {len(val)} for validation; give --val")
+            raise InputError(f"--data {args.data}: a tenth of {len(videos)} videos, chosen by a hash of their paths, is {len(val)} for validation, "
+                             f"and {len(train)} for training; give --val")
         say(f"no --val: {len(val)} of {len(videos)} videos are held out for validation, always the same ones, by a hash of their paths")
     for part, where in ((val, args.val or args.data), (train, args.data)):
         if part is not None:
@@ -399,28 +400,30 @@ def for_each_video(compute, videos, views, args, machine, title):
     V = views[0] * views[1]
     together = max(1, CLIPS_AT_ONCE // V)
     groups = [list(range(first, min(first + together, len(videos)))) for first in range(0, len(videos), together)][machine.rank::machine.world]
-    batches, parts, bad, group = clip_batches(VideoViews(videos, views, args), groups, workers, machine.device, args.data_timeout), [], [], []
+    batches = iter(clip_batches(VideoViews(videos, views, args), groups, workers, machine.device, args.data_timeout))
+    parts, group = [], []  # parts: (numbers of the videos, rows (B, n), what could not be read) of each group
     with data_errors_explained(lambda: [videos[i] for i in group]), torch.inference_mode():
-        batches = iter(batches)
         for group in tqdm(groups, desc=title, unit="batch", disable=machine.rank > 0, leave=False, dynamic_ncols=True):
             batch = next(batches)
             clips, _ = to_device(batch, machine.device, None, "index")
             with torch.autocast(machine.device.type, dtype, enabled=dtype is not None):
-                rows = compute(clips)
-            parts.append((group, rows.float().unflatten(0, (-1, V)).mean(1).cpu().numpy()))  # (B, n)
-            bad += batch["bad"]
-    everyone = [(parts, bad)]
-    if machine.world > 1:
-        everyone = [None] * machine.world
-        dist.all_gather_object(everyone, (parts, bad))
-    parts, bad = [part for one in everyone for part in one[0]], sorted(entry for one in everyone for entry in one[1])
-    out = np.full((len(videos), parts[0][1].shape[1]), np.nan, np.float32)
-    for group, rows in parts:
-        out[group] = rows
-    for i, reason in bad:
-        out[i] = np.nan
+                rows = compute(clips)  # (B * V, n)
+            parts.append((group, rows.float().unflatten(0, (-1, V)).mean(1).cpu().numpy(), batch["bad"]))
+    parts = sorted(of_all_processes(parts, machine), key=lambda part: part[0])
+    for i, reason in [entry for _, _, bad in parts for entry in bad]:
         machine.say(f"cannot be read: {videos[i]}: {reason}")
+    out = np.concatenate([rows for _, rows, _ in parts])  # (videos, n)
+    out[[i for _, _, bad in parts for i, _ in bad]] = np.nan
     return out
+
+
+def of_all_processes(items, machine):
+    """The lists of all processes, one after the other, on each of them."""
+    if machine.world == 1:
+        return items
+    lists = [None] * machine.world
+    dist.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
 
 
 def softmax_scores(model):
@@ -547,18 +550,17 @@ class Finetuning(Pretraining):
 
     def save(self):
         """At a planned checkpoint the validation videos are looked at first, one view each; a signal does not wait for that."""
-        better = False
+        first = self.machine.rank == 0
         if self.step % self.save_every == 0 or self.step == self.steps:
             result = accuracy(self.evaluate((1, 1), "validation"), self.val_labels)
             self.log.write(step=self.step, epoch=self.step * self.batch / len(self.videos), **result)
-            better = result["val_acc1"] > self.best["val_acc1"]
-            self.best = dict(val_acc1=result["val_acc1"], step=self.step) if better else self.best
             self.machine.say(f"step {self.step}: {in_words(result, self.data.val, (1, 1))}")
-        if self.machine.rank == 0:
+            if result["val_acc1"] > self.best["val_acc1"]:
+                self.best = dict(val_acc1=result["val_acc1"], step=self.step)
+                if first:
+                    save_checkpoint(self.out, self.state(), 1, "best")
+        if first:
             save_checkpoint(self.out, self.state(), self.args.keep)
-            if better:
-                shutil.copyfile(self.out / "last.pt", self.out / "best.unfinished")
-                (self.out / "best.unfinished").replace(self.out / "best.pt")
 
     def conclude(self):
         scores = self.evaluate(self.args.views, "evaluation")
@@ -642,16 +644,16 @@ RECIPE = {
 }
 SHAPE = dict(model="large", frames=16, size=(224, 224), patch=(2, 16, 16), stride=4.0, sampling="clip")  # where no checkpoint tells
 # A linear layer is hardly able to overfit: nothing holds it back. MAE's own probing has LARS, here it is AdamW as everywhere.
-PROBE = dict(lr=1.6e-2, end_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
+PROBE = dict(lr=6.4e-2, end_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
              rand_augment=0.0, erase=0.0)
 # Without --data: a mirrored or turned motion is another class, and a mixed one is none.
-DEMO = dict(per_class=10, steps=200, save_every=100, batch_size=16, repeat=1, lr=1.6e-2, end_lr=0.0, warmup=0.1, layer_decay=0.75, drop_path=0.0, dropout=0.0, mixup=0.0,
-            cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.5, views=(3, 1))
+DEMO = dict(per_class=10, steps=200, save_every=100, batch_size=64, repeat=1, lr=8e-3, end_lr=0.0, warmup=0.1, layer_decay=1.0, drop_path=0.0, dropout=0.0,
+            mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.9, views=(3, 1))
 
 
 def parse_arguments(argv=None):
     parser, data, method, recipe, run = shared_arguments(__doc__.split("\n\n")[0])
-    parser.epilog = "Where the default is None, it comes from the checkpoint (shape, stride, sampling) or from the paper's recipe for its size."
+    parser.epilog = "Where no default is shown: shape, stride and sampling come from the checkpoint, the rest from the paper's recipe for its size."
     share = between(0, 1)
     data.add_argument("--val", help="videos to validate on, as --data (default: a fixed tenth of --data)")
     data.add_argument("--per-class", type=whole, help="train on so many videos of each class (default: all)")

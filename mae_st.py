@@ -7,6 +7,8 @@ ViT, and let a small decoder predict the pixels that were hidden.
     model = MaskedAutoencoder(**SIZES["large"])
     loss = model(video)                      # video: (B, 3, 16, 224, 224), uint8 or normalised float
 
+`Classifier` puts a head on the same encoder, and `from_released` reads the checkpoints that others have released.
+
 The letters at the ends of lines:
     B  clips                    N  tokens of a clip, N = t * h * w      D  width of a token
     C  channels                 K  visible tokens                       P  numbers in a patch, P = u * p * q * C
@@ -419,8 +421,8 @@ def from_released(content):
     if "model_args" in content:
         return content
     released = content.get("model_state", content.get("model"))
-    if not isinstance(released, dict):
-        raise ValueError("no weights under model_state or model, so it is neither ours nor a released checkpoint")
+    if not isinstance(released, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in released.values()):
+        raise ValueError("no tensors under model_state or model, so it is neither ours nor a released checkpoint")
     other_decoder = any(name.startswith("decoder_blocks.") for name in released)
     left_out = [name for name in released if other_decoder and name.startswith(("decoder_", "mask_token"))]
     weights = {our_name(name): tensor for name, tensor in released.items() if name not in left_out}
@@ -454,8 +456,8 @@ def released_arguments(weights, embed_shape):
     if "head.bias" in weights:
         arguments["classes"] = len(weights["head.bias"])
     if "decoder_pos" in weights and "decoder_pred.bias" in weights:
-        decoder_dim, numbers = weights["decoder_pos"].shape[1], len(weights["decoder_pred.bias"])
-        arguments |= dict(decoder_dim=decoder_dim, decoder_heads=max(1, decoder_dim // 64), target="patch" if numbers == math.prod(patch) * channels else "frame",
+        decoder_dim, whole = weights["decoder_pos"].shape[-1], len(weights["decoder_pred.bias"]) == math.prod(patch) * channels
+        arguments |= dict(decoder_dim=decoder_dim, decoder_heads=max(1, decoder_dim // 64), target="patch" if whole else "frame",
                           decoder_depth=len({name.split(".")[1] for name in weights if name.startswith("decoder_blocks.")}))
     return arguments
 

@@ -3,6 +3,7 @@ videos that it makes itself. `pytest` runs it all in minutes on two CPU cores; `
 numbers: thousands of clips, hundreds of damaged files, dozens of kills.
 """
 
+import argparse
 import ast
 import contextlib
 import json
@@ -10,9 +11,11 @@ import math
 import os
 import random as pyrandom
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import types
 import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import finetune
 import mae_st
 import train
 from mae_st import STRATEGIES, MaskedAutoencoder, mask_noise, patchify, split_tokens, unpatchify
@@ -971,7 +975,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(some_videos
 
 
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_videos, tmp_path):
-    command = ["train.py", *arguments(some_videos, tmp_path / "stopped", "--steps", "400", "--workers", "1", "--save-every", "1000")]
+    command = ["train.py", *arguments(some_videos, tmp_path / "stopped", "--steps", "150", "--workers", "1", "--save-every", "1000")]
     log, steps = tmp_path / "stopped" / "log.jsonl", [0]
     for number in (signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -982,9 +986,9 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_vide
         assert process.returncode == 128 + number, err
         assert f"stopped by {number.name} after step" in out and "Traceback" not in err
         steps.append(train.read_checkpoint(tmp_path / "stopped" / "last.pt")["step"])
-    assert 0 < steps[1] < steps[2] < 400
+    assert 0 < steps[1] < steps[2] < 150
     for out in ("stopped", "whole"):
-        assert train.main(arguments(some_videos, tmp_path / out, "--steps", "400", "--save-every", "1000")) == 0
+        assert train.main(arguments(some_videos, tmp_path / out, "--steps", "150", "--save-every", "1000")) == 0
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "stopped" / "last.pt")
 
 
@@ -1082,6 +1086,510 @@ def test_on_a_gpu_a_resumed_run_is_the_same_run(some_videos, tmp_path):
     (tmp_path / "parts" / "last-1.pt").replace(tmp_path / "parts" / "last.pt")  # back to step 2
     assert train.main(gpu(tmp_path / "parts")) == 0
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt", tolerance=1e-5)
+
+
+# ------------------------------------------------------------------------------------- released checkpoints
+
+
+def released_blocks(weights, prefix, dim, depth, apart):
+    """Random tensors of transformer blocks as the releases name them; q, k and v apart or in one."""
+    for i in range(depth):
+        shapes = {"norm1.weight": (dim,), "norm1.bias": (dim,), "norm2.weight": (dim,), "norm2.bias": (dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
+                  "mlp.fc1.weight": (4 * dim, dim), "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}
+        for name, rows in [("q", dim), ("k", dim), ("v", dim)] if apart else [("qkv", 3 * dim)]:
+            shapes |= {f"attn.{name}.weight": (rows, dim), f"attn.{name}.bias": (rows,)}
+        weights |= {f"{prefix}{i}.{name}": torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+
+
+def released(code, apart=True, head=None, dim=128, decoder_dim=64):
+    """A checkpoint in the layout of the paper's code ("paper") or of mae_st, for 4 x 32 x 32 pixels in patches of 2 x 16 x 16."""
+    torch.manual_seed(0)
+    shapes = {"cls_token": (1, 1, dim), "pos_embed_class": (1, 1, dim), "pos_embed_spatial": (1, 4, dim), "pos_embed_temporal": (1, 2, dim),
+              "patch_embed.proj.weight": (dim, 3, 2, 16, 16), "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+    if head:
+        name = "head.projection." if code == "paper" else "head."
+        shapes |= {name + "weight": (head, dim), name + "bias": (head,)}
+    else:
+        shapes |= {"decoder_embed.weight": (decoder_dim, dim), "decoder_embed.bias": (decoder_dim,), "mask_token": (1, 1, decoder_dim)}
+        shapes |= {"decoder_pos_embed": (1, 9, decoder_dim), "pred_head.transforms.0.4.weight": (decoder_dim,), "pred_head.transforms.0.4.bias": (decoder_dim,),
+                   "pred_head.projections.0.weight": (768, decoder_dim), "pred_head.projections.0.bias": (768,)} if code == "paper" else \
+                  {"decoder_pos_embed_class": (1, 1, decoder_dim), "decoder_pos_embed_spatial": (1, 4, decoder_dim), "decoder_pos_embed_temporal": (1, 2, decoder_dim),
+                   "decoder_cls_token": (1, 1, decoder_dim), "decoder_norm.weight": (decoder_dim,), "decoder_norm.bias": (decoder_dim,),
+                   "decoder_pred.weight": (768, decoder_dim), "decoder_pred.bias": (768,)}
+    weights = {name: torch.randn(shape) * (0.02 if "patch" in name else 0.2) for name, shape in shapes.items()}
+    released_blocks(weights, "blocks.", dim, 2, apart)
+    if not head:
+        released_blocks(weights, "pred_head.transforms.0." if code == "paper" else "decoder_blocks.", decoder_dim, 4, apart)
+    return dict(model_state=weights, cfg="text", epoch=1) if code == "paper" else dict(model=weights, args=argparse.Namespace(lr=1e-3), epoch=1)
+
+
+def plain_released_blocks(weights, prefix, depth, x, heads):
+    """The blocks of a released checkpoint on one clip's tokens (N, D), from its tensors alone."""
+    for i in range(depth):
+        w = {name[len(f"{prefix}{i}."):]: tensor for name, tensor in weights.items() if name.startswith(f"{prefix}{i}.")}
+        fused = {kind: w[f"attn.qkv.{kind}"] if f"attn.qkv.{kind}" in w else torch.cat([w[f"attn.{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")}
+        pair = lambda name: types.SimpleNamespace(weight=w[f"{name}.weight"], bias=w[f"{name}.bias"])
+        attention = types.SimpleNamespace(heads=heads, qkv=types.SimpleNamespace(**fused), proj=pair("attn.proj"))
+        x = plain_block(types.SimpleNamespace(norm1=pair("norm1"), norm2=pair("norm2"), attn=attention, mlp=[pair("mlp.fc1"), None, pair("mlp.fc2")]), x)
+    return x
+
+
+def plain_released_encoder(weights, video, keep):
+    """One clip (3, T, H, W), normalised -> the class token and the tokens in keep (1 + K, D), before the last norm."""
+    x = F.conv3d(video[None], weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=(2, 16, 16))[0].flatten(1).T  # (N, D)
+    x = x + (weights["pos_embed_temporal"][0][:, None] + weights["pos_embed_spatial"][0]).flatten(0, 1)
+    x = torch.cat([weights["cls_token"][0] + weights["pos_embed_class"][0], x[keep]])
+    return plain_released_blocks(weights, "blocks.", 2, x, 2)
+
+
+def norm(x, weights, name):
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_released_pretrained_checkpoint_reconstructs_as_computed_from_its_tensors(apart, some_videos, tmp_path):
+    torch.save(released("paper", apart), tmp_path / "released.pyth")
+    content, weights = train.load_init(tmp_path / "released.pyth"), released("paper", apart)["model_state"]
+    model = train.build(content["model_args"])
+    train.load_weights(model, content, "released.pyth")
+    video, noise = torch.randn(1, 3, 4, 32, 32), torch.rand(1, 2, 2, 2)
+    keep, hide = split_tokens(noise, (2, 2, 2), 0.7)
+    latent = norm(plain_released_encoder(weights, video[0], keep[0]), weights, "norm")
+    latent = F.linear(latent, weights["decoder_embed.weight"], weights["decoder_embed.bias"])
+    full = weights["mask_token"][0].repeat(9, 1)
+    full[torch.cat([torch.zeros(1, dtype=torch.long), 1 + keep[0]])] = latent
+    full = plain_released_blocks(weights, "pred_head.transforms.0.", 4, full + weights["decoder_pos_embed"][0], 1)
+    expected = F.linear(norm(full, weights, "pred_head.transforms.0.4"), weights["pred_head.projections.0.weight"], weights["pred_head.projections.0.bias"])[1 + hide[0]]
+    patches = patchify(video, (2, 16, 16))
+    with torch.no_grad():
+        prediction = model.decode(model.encoder.norm(model.encoder(patches, keep)), keep, hide)[0]
+    assert_close(prediction, expected, 1e-4, "prediction")
+    assert train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "released.pyth"), "--out", str(tmp_path / "show"), "--device", "cpu"]) == 0
+    assert (tmp_path / "show" / "reconstruction.png").exists()
+
+
+@pytest.mark.parametrize("code", ["paper", "mae_st"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_released_classifier_scores_as_computed_from_its_tensors(code, apart, tmp_path):
+    torch.save(released(code, apart, head=5), tmp_path / "released.pyth")
+    args = finetune.parse_arguments(["--eval", "--val", "x", "--init", str(tmp_path / "released.pyth")])
+    content = train.load_init(args.init)
+    machine = train.Machine(torch.device("cpu"), 0, 1, 1)
+    finetune.fill_in(args, machine, content)
+    model, classes = finetune.trained_classifier(args, machine, content)
+    weights = next(value for value in released(code, apart, head=5).values() if isinstance(value, dict))
+    video = torch.randn(1, 3, 4, 32, 32)
+    pooled = norm(plain_released_encoder(weights, video[0], torch.arange(8))[1:].mean(0), weights, "norm")
+    name = "head.projection" if code == "paper" else "head"
+    assert_close(model(video)[0].detach(), F.linear(pooled, weights[f"{name}.weight"], weights[f"{name}.bias"]), 1e-4, code)
+    assert classes == ["0", "1", "2", "3", "4"]
+
+
+def test_of_mae_sts_pretrained_checkpoint_the_encoder_is_taken_and_the_decoder_left_out(some_videos, tmp_path, capsys):
+    torch.save(released("mae_st"), tmp_path / "released.pth")
+    content, weights = train.load_init(tmp_path / "released.pth"), released("mae_st")["model"]
+    model = mae_st.Classifier(**content["model_args"], classes=3)
+    finetune.take_weights(model, content, "released.pth", True, print)
+    out = capsys.readouterr().out
+    assert "a new head; left out: decoder_blocks, decoder_cls_token, decoder_embed, decoder_norm" in out
+    video = torch.randn(1, 3, 4, 32, 32)
+    expected = norm(plain_released_encoder(weights, video[0], torch.arange(8))[1:].mean(0), weights, "norm")
+    assert_close(model.pooled(video)[0].detach(), expected, 1e-4, "pooled")
+    with pytest.raises(train.InputError, match="decoder"):
+        train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "released.pth"), "--out", str(tmp_path / "show"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.proj.weight", "blocks.0.attn.k.bias", "blocks.1.mlp.fc2.bias", "norm.weight", "pos_embed_class", "patch_embed.proj.bias",
+                                  "patch_embed.proj.weight", "pos_embed_temporal"])
+@pytest.mark.parametrize("change", ["another name", "another shape", "one more"])
+def test_a_tensor_that_is_not_as_expected_is_an_error_that_names_it(name, change, tmp_path):
+    content = released("paper")
+    weights = content["model_state"]
+    if change == "another name":
+        weights[name + "x"] = weights.pop(name)
+    elif change == "another shape":
+        weights[name] = torch.cat([weights[name]] * 2, dim=-1)
+    else:
+        weights["surprise." + name] = weights[name]
+    torch.save(content, tmp_path / "released.pyth")
+    with pytest.raises(train.InputError) as caught:
+        loaded = train.load_init(tmp_path / "released.pyth")
+        finetune.take_weights(mae_st.Classifier(**{key: value for key, value in loaded["model_args"].items() if key in finetune.ENCODER} | dict(
+            frames=4, height=32, width=32), classes=3), loaded, "released.pyth", True, print)
+    names = name, mae_st.our_name(name), mae_st.our_name(name).replace(".k.", ".qkv.")
+    assert any(name in str(caught.value) for name in names) and "\n" not in str(caught.value), caught.value
+
+
+def test_positions_are_interpolated_linearly_in_time_and_bicubically_in_space():
+    torch.manual_seed(0)
+    table = dict(zip(("encoder.pos_time", "encoder.pos_space"), (torch.randn(4, 3), torch.randn(15, 3))))
+    other = mae_st.interpolate_positions(table, (4, 3, 5), (6, 3, 5))
+    at = (np.arange(6) + 0.5) * 4 / 6 - 0.5  # centres of the new slices, counted in old ones
+    for d in range(3):
+        assert_close(other["encoder.pos_time"][:, d], np.interp(at, np.arange(4), table["encoder.pos_time"][:, d]).astype(np.float32), 1e-6, "time")
+    assert torch.equal(other["encoder.pos_space"], table["encoder.pos_space"])
+    grid = table["encoder.pos_space"].view(3, 5, 3)
+    other = mae_st.interpolate_positions(table, (4, 3, 5), (4, 6, 4))["encoder.pos_space"].view(6, 4, 3)
+
+    def weight(x):  # the cubic kernel with a = -0.75
+        x = abs(x)
+        return 1.25 * x**3 - 2.25 * x**2 + 1 if x <= 1 else -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    for i, j in np.ndindex(6, 4):
+        y, x = (i + 0.5) * 3 / 6 - 0.5, (j + 0.5) * 5 / 4 - 0.5
+        expected = sum(weight(y - a) * weight(x - b) * grid[min(max(a, 0), 2), min(max(b, 0), 4)] for a in range(-2, 6) for b in range(-2, 8))
+        assert_close(other[i, j], expected, 1e-5, f"place {i}, {j}")
+
+
+# ---------------------------------------------------------------------------------- parts of the fine-tuning
+
+
+def test_the_classifier_is_a_linear_layer_on_the_norm_of_the_mean_patch_token():
+    torch.manual_seed(0)
+    model = mae_st.Classifier(classes=7, dropout=0.5, **{key: value for key, value in SMALL.items() if "decoder" not in key}).eval()
+    torch.nn.init.normal_(model.head.weight)
+    video = torch.randint(0, 256, (2, 3, 4, 12, 20), dtype=torch.uint8)
+    tokens = model.encoder(model.encoder.patches(video))
+    for b in range(2):
+        mean = tokens[b, 1:].mean(0)
+        expected = model.head.weight @ F.layer_norm(mean, mean.shape, model.encoder.norm.weight, model.encoder.norm.bias, 1e-6) + model.head.bias
+        assert_close(model(video)[b].detach(), expected.detach(), 1e-5, "scores")
+    probe = mae_st.Classifier(classes=7, batch_norm=True, **{key: value for key, value in SMALL.items() if "decoder" not in key})
+    probe.load_state_dict(model.state_dict(), strict=False)
+    pooled = probe.pooled(video)
+    assert_close(probe(video).detach(), F.linear((pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-6).sqrt(), probe.head.weight, probe.head.bias).detach(), 1e-4, "probe")
+
+
+def test_learning_rates_fall_from_the_head_to_the_patches():
+    model = mae_st.Classifier(classes=7, **{key: value for key, value in SMALL.items() if "decoder" not in key})
+    groups = finetune.layer_groups(model, 0.05, 0.65)
+    for name, parameter in model.named_parameters():
+        (group,) = [group for group in groups if any(parameter is one for one in group["params"])]
+        layer = 3 if name.startswith(("head", "encoder.norm")) else {"encoder.blocks.0": 1, "encoder.blocks.1": 2}.get(name[:16], 0)  # 2 blocks
+        assert group["scale"] == pytest.approx(0.65 ** (3 - layer)), name
+        assert group["weight_decay"] == (0 if parameter.dim() == 1 else 0.05), name
+    model.encoder.requires_grad_(False)
+    assert sum(len(group["params"]) for group in finetune.layer_groups(model, 0.05, 0.65)) == 2
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0)])
+def test_mixed_targets_are_in_the_proportion_of_what_is_seen(mixup, cutmix):
+    shares = []
+    for seed in range(200):
+        colours = torch.randn(3)
+        video = colours[:, None, None, None, None].expand(3, 3, 2, 10, 14).clone()
+        targets = finetune.smooth_targets(torch.tensor([0, 1, 2]), 4, 0.1)
+        assert_close(targets[0], [0.925, 0.025, 0.025, 0.025], 1e-6, "smoothed")
+        mixed, result = finetune.mix(video, targets, np.random.default_rng(seed), mixup, cutmix)
+        partner = colours.flip(0)
+        share = float((mixed[0, 0, 0].mean() - partner[0]) / (colours[0] - partner[0]))
+        shares.append(share)
+        for b in range(3):
+            assert_close(mixed[b].mean(), share * colours[b] + (1 - share) * partner[b], 1e-4, "mean colour")
+            assert_close(result[b], share * targets[b] + (1 - share) * targets[2 - b], 1e-4, "target")
+            assert torch.equal(mixed[b], mixed[b, :1, :1].expand_as(mixed[b])), "frames and channels are mixed alike"
+        if mixup == 0:
+            assert mixed[0].unique().numel() <= 2
+    if mixup or cutmix:
+        assert 0.4 < np.mean(shares) < (0.6 if not cutmix else 0.75) and min(shares) < 0.1 and max(shares) > 0.9
+    else:
+        assert_close(np.array(shares), np.ones(200), 1e-5, "nothing is mixed")
+
+
+def plain_operation(name, x, m):
+    """An operation of RandAugment on one clip (3, T, H, W) of whole numbers 0..255, pixel by pixel."""
+    C, T, H, W = x.shape
+    level, out = abs(m), np.zeros(x.shape)
+    grey = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
+    factor = max(0.1, 1 + 0.9 * m)
+    middle_x, middle_y = (W - 1) / 2, (H - 1) / 2
+    angle = math.radians(30 * m)
+    source = {"rotate": lambda i, j: (middle_x + math.cos(angle) * (j - middle_x) + math.sin(angle) * (i - middle_y),
+                                      middle_y - math.sin(angle) * (j - middle_x) + math.cos(angle) * (i - middle_y)),
+              "shear_x": lambda i, j: (j + 0.3 * m * (i + 0.5), i), "shear_y": lambda i, j: (j, i + 0.3 * m * (j + 0.5)),
+              "translate_x": lambda i, j: (j + 0.45 * m * W, i), "translate_y": lambda i, j: (j, i + 0.45 * m * H)}.get(name)
+
+    def pixel(c, t, i, j):
+        return float(x[c, t, i, j]) if 0 <= i < H and 0 <= j < W else 115.0
+
+    for c, t, i, j in np.ndindex(x.shape):
+        v = float(x[c, t, i, j])
+        if source:
+            sx, sy = source(i, j)
+            left, top = math.floor(sx), math.floor(sy)
+            v = sum((1 - abs(sy - a)) * (1 - abs(sx - b)) * pixel(c, t, a, b) for a in (top, top + 1) for b in (left, left + 1))
+        elif name == "auto_contrast":
+            v = (v - x[c].min()) * 255 / (x[c].max() - x[c].min())
+        elif name == "equalize":
+            counts = np.bincount(x[c].flatten(), minlength=256)
+            step = (counts.sum() - counts[np.nonzero(counts)[0][-1]]) // 255
+            v = min(255, (step // 2 + counts[:int(v)].sum()) // step) if step else v
+        elif name == "invert":
+            v = 255 - v
+        elif name == "posterize":
+            v = int(v) & ~(2 ** (4 + int(4 * level)) - 1)
+        elif name == "solarize":
+            v = v if v < 256 - int(256 * level) else 255 - v
+        elif name == "solarize_add":
+            v = v + int(110 * level) if v < 128 else v
+        elif name == "sharpness":
+            if 0 < i < H - 1 and 0 < j < W - 1:
+                smooth = (x[c, t, i - 1:i + 2, j - 1:j + 2].sum() + 4 * v) / 13
+                v = smooth + factor * (v - smooth)
+        else:
+            base = {"colour": grey[t, i, j], "contrast": round(float(grey.mean())), "brightness": 0}[name]
+            v = base + factor * (v - base)
+        out[c, t, i, j] = min(max(v, 0), 255)
+    return out
+
+
+@pytest.mark.parametrize("name", finetune.OPERATIONS)
+def test_each_operation_of_randaugment_equals_a_plain_loop_and_is_the_same_in_every_frame(name):
+    rng = np.random.default_rng(0)
+    for m in (0.7, -0.55):
+        video = torch.from_numpy(rng.integers(20, 230, (3, 3, 2, 9, 12), dtype=np.uint8))
+        video[1] = video[1, :, :1]  # a still clip stays still
+        before = video.clone()
+        finetune.rand_augment(video, [[(name, m), None], [None, (name, m)], [None, None]])
+        for b in (0, 1):
+            expected = plain_operation(name, before[b].numpy().astype(int), float(torch.tensor(m)))
+            assert_close(video[b].double(), expected, 1, f"{name} {m}")  # of 255: to whole numbers, and what floor(110 m) of a float32 is
+        assert torch.equal(video[1, :, 0], video[1, :, 1]) and torch.equal(video[2], before[2])
+
+
+def test_randaugment_draws_every_operation_half_of_the_time_with_the_magnitude_asked_for():
+    drawn = [operation for seed in range(3000) for operation in finetune.draw_operations(np.random.default_rng(seed), 7)]
+    applied = [operation for operation in drawn if operation]
+    assert abs(len(applied) / len(drawn) - 0.5) < 0.03
+    counts = [sum(name == other for other, _ in applied) for name in finetune.OPERATIONS]
+    assert len(counts) == 15 and min(counts) > 0.7 * len(applied) / 15
+    m = np.array([m for _, m in applied])
+    assert_close([abs(m).mean(), abs(m).std(), (m > 0).mean()], [0.7, 0.05, 0.5], 0.03, "mean, spread and sign of m")
+
+
+def test_holes_are_noise_of_the_right_size_the_same_in_every_frame():
+    holes = [finetune.draw_hole(np.random.default_rng(seed), 0.25, 40, 60) for seed in range(2000)]
+    assert abs(sum(hole is not None for hole in holes) / 2000 - 0.25) < 0.04
+    for top, bottom, left, right in filter(None, holes):
+        assert 0 <= top < bottom <= 40 and 0 <= left < right <= 60 and 0.015 < (bottom - top) * (right - left) / 2400 < 0.36
+    video = torch.zeros(2, 3, 4, 40, 60)
+    finetune.erase(video, [None, (10, 30, 20, 50)])
+    assert (video[0] == 0).all() and ((video[1] != 0) == (video[1, :1, :1] != 0)).all() and (video[1] != 0).sum() == 3 * 4 * 20 * 30
+    assert torch.equal(video[1], video[1, :, :1].expand_as(video[1])) and abs(video[1, :, 0, 10:30, 20:50].std() - 1) < 0.1
+
+
+def test_views_lie_where_the_formula_says():
+    for K, S in ((7, 3), (1, 1), (2, 1), (5, 2)):
+        for i in range(K):
+            for frames, span in ((300, 60), (61, 60), (30, 60), (100, 60)):  # at 30 frames a second; 16 frames, stride 4: the last is 60 after the first
+                room = max(0, frames - 1 - span)
+                start = i * math.floor(room / (K - 1)) if K > 1 else room // 2
+                times = finetune.View(i, 0, (K, S), 16, 4, (224, 224), "clip").times((frames - 1) / 30)
+                assert_close(times * 30, start + 4 * np.arange(16), 1e-9, f"clip {i} of {K} in {frames} frames")
+        for j in range(S):
+            for width, height, (H, W) in ((340, 256, (224, 224)), (256, 340, (224, 224)), (224, 224, (224, 224)), (320, 240, (96, 160))):
+                (x, y, w, h), flip = finetune.View(0, j, (K, S), 16, 4, (H, W), "clip").box(width, height)
+                assert not flip and max(w, h) == 1 and w * width / (h * height) == pytest.approx(W / H)
+                place = j / (S - 1) if S > 1 else 0.5
+                assert (x, y) == pytest.approx(((1 - w) * place, (1 - h) * place))
+
+
+def test_segments_give_one_frame_of_each_equal_part():
+    for seed in range(50):
+        times = finetune.SegmentClip(np.random.default_rng(seed), 8, 4, (0.5, 1), False).times(4.0)
+        assert all(i / 2 <= t <= (i + 1) / 2 for i, t in enumerate(times))
+    assert_close(finetune.View(0, 1, (1, 3), 8, 4, (16, 16), "segments").times(4.0), np.arange(8) / 2 + 0.25, 1e-9, "the middles")
+
+
+def test_accuracy_counts_an_unreadable_video_as_wrong():
+    scores = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [np.nan] * 3, [0.2, 0.5, 0.3]], np.float32)
+    assert finetune.places(scores, [0, 1, 0, 2]).tolist()[:2] == [0, 2] and finetune.places(scores, [0, 1, 0, 2])[3] == 1
+    assert finetune.accuracy(scores, [0, 1, 0, 2]) == dict(val_acc1=25.0, val_acc5=75.0)
+
+
+def test_labels_are_the_folders_names_or_the_lists_numbers_or_names():
+    listed = lambda *labels: train.VideoList([f"{i}.mp4" for i in range(len(labels))], list(labels))
+    assert finetune.find_classes(listed("cat", "a dog", "cat"), "list.txt") == ["a dog", "cat"]
+    assert finetune.find_classes(listed("10", "2", "2"), "list.txt") == [str(i) for i in range(11)]
+    assert finetune.label_numbers(listed("1", "00", "2"), ["0", "1", "2"], "list.txt").tolist() == [1, 0, 2]
+
+
+def test_without_val_a_tenth_is_held_out_by_its_path_alone(tmp_path):
+    def held_out(count):
+        for i in range(count):
+            (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+            (tmp_path / "ab"[i % 2] / f"{i}.mp4").touch()
+        data = finetune.find_videos(types.SimpleNamespace(data=str(tmp_path), val=None, per_class=None, seed=0), lambda words: None)
+        parts = [{videos[i] for i in range(len(videos))} for videos in (data.train, data.val)]
+        assert len(parts[0]) + len(parts[1]) == count and not parts[0] & parts[1]
+        return parts[1]
+    few, many = held_out(100), held_out(300)
+    assert few <= many and 15 < len(many) < 50
+
+
+# -------------------------------------------------------------------------------------- fine-tuning, as run
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A folder with train/ and val/, three classes each, 15 and 7 videos, and a checkpoint of a short pre-training."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for part, count in (("train", 5), ("val", 3)):
+        for name in ("left", "right", "up"):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count if (part, name) != ("val", "up") else 1):
+                train.write_video(folder / part / name / f"{i}.mp4", train.moving_shapes(np.random.default_rng([i, count]), name, 16, 32), 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
+        assert train.main(arguments(folder / "train", folder / "pretrain", "--steps", "4", "--save-every", "4")) == 0
+    return folder
+
+
+def tuning(folder, out, *more):
+    return ["--data", str(folder / "train"), "--val", str(folder / "val"), "--init", str(folder / "pretrain" / "last.pt"), "--out", str(out), "--device", "cpu",
+            "--batch-size", "2", "--views", "2x3", *map(str, more)]
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_best_score(labelled, tmp_path, capsys):
+    more = "--steps", 4, "--save-every", 2, "--drop-path", 0.2, "--lr", 0.5
+    assert finetune.main(tuning(labelled, tmp_path / "whole", *more, "--workers", 1)) == 0
+    assert finetune.main(tuning(labelled, tmp_path / "parts", *more, "--workers", 0)) == 0
+    (tmp_path / "parts" / "last-1.pt").replace(tmp_path / "parts" / "last.pt")  # back to step 2
+    (tmp_path / "parts" / "best.pt").unlink()
+    assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 2
+    assert finetune.main(tuning(labelled, tmp_path / "parts", *more, "--workers", 0)) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    a, b = (train.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert a["best"] == b["best"] and a["classes"] == ["left", "right", "up"]
+    assert predictions(tmp_path / "whole") == predictions(tmp_path / "parts")
+    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    keep = lambda row: {key: row[key] for key in ("step", "loss", "lr", "grad_norm", "val_acc1", "val_acc5") if key in row}
+    assert [keep(row) for row in rows[0]] == [keep(row) for row in rows[1]]
+    assert [row["step"] for row in rows[0] if "val_acc1" in row] == [2, 4] and [row["step"] for row in rows[0] if "loss" in row] == [1, 2, 3, 4]
+    with pytest.raises(train.InputError, match="mixup 0.8 -> 0.0"):
+        finetune.main(tuning(labelled, tmp_path / "whole", *more, "--mixup", 0))
+
+
+def test_evaluation_is_the_same_on_one_and_two_processes(labelled, tmp_path, monkeypatch):
+    """7 videos in groups of 2: the last group is short, and the second process gets one group less."""
+    assert finetune.main(tuning(labelled, tmp_path / "run", "--steps", 2, "--lr", 0.5, "--workers", 0)) == 0
+    command = ["finetune.py", "--eval", *tuning(labelled, tmp_path / "one")[2:], "--init", tmp_path / "run" / "last.pt", "--views", "8x2", "--workers", "0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it
+    one = run_script(*command)
+    command[command.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    two = torchrun(*command)
+    assert predictions(tmp_path / "one") == predictions(tmp_path / "two")
+    assert [row["video"] for row in predictions(tmp_path / "one")] == [train.list_videos(labelled / "val")[i] for i in range(7)]
+    words = [re.search(r"top-1 .* of 7 videos", result.stdout).group() for result in (one, two)]
+    assert words[0] == words[1]
+
+
+def test_two_processes_fine_tune_as_one_does_where_nothing_is_drawn_per_process(labelled, tmp_path):
+    more = "--steps", 3, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--dropout", 0, "--erase", 0, "--lr", 0.5, "--workers", 0
+    run_script("finetune.py", *tuning(labelled, tmp_path / "one", *more, "--batch-size", "4"))
+    torchrun("finetune.py", *tuning(labelled, tmp_path / "two", *more))
+    a, b = tensors(tmp_path / "one" / "last.pt"), tensors(tmp_path / "two" / "last.pt")
+    for key in a:
+        assert_close(a[key], b[key], 5e-4, key)
+
+
+def test_the_probe_is_a_linear_model_on_the_exported_features(labelled, tmp_path):
+    probe = tuning(labelled, tmp_path / "probe", "--probe", "--steps", 30, "--batch-size", 8, "--views", "1x1", "--save-every", 30)
+    assert finetune.main(probe) == 0
+    content = train.read_checkpoint(tmp_path / "probe" / "last.pt")
+    before = train.read_checkpoint(labelled / "pretrain" / "last.pt")["model"]
+    weights = content["model"]
+    assert all(torch.equal(weights[name], before[name]) for name in weights if name.startswith("encoder."))
+    assert finetune.main(["--features", str(tmp_path / "features.npz"), *tuning(labelled, tmp_path / "none", "--views", "1x1")]) == 0
+    stored = np.load(tmp_path / "features.npz")
+    val = stored["part"] == "val"
+    assert val.sum() == 7 and (~val).sum() == 15 and list(stored["classes"]) == ["left", "right", "up"]
+    for path, label in zip(stored["paths"], stored["labels"]):
+        assert Path(path).parent.name == stored["classes"][label]
+    x = (stored["features"][val] - weights["head_norm.running_mean"].numpy()) / np.sqrt(weights["head_norm.running_var"].numpy() + 1e-6)
+    scores = x @ weights["head.weight"].numpy().T + weights["head.bias"].numpy()
+    scores = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    for row, path, prediction in zip(scores, stored["paths"][val], predictions(tmp_path / "probe")):
+        assert prediction["video"] == path
+        assert_close([prediction["top5"][name] for name in ("left", "right", "up")], row, 1e-4, path)
+
+
+def test_a_classifier_predicts_evaluates_and_is_trained_on_at_another_size(labelled, tmp_path, capsys):
+    assert finetune.main(tuning(labelled, tmp_path / "run", "--steps", 2, "--size", "24x32", "--frames", 6, "--sampling", "segments", "--no-flip", "--amp", "bf16")) == 0
+    assert "positions interpolated from (2, 2, 2) to (3, 3, 4) patches, a new head; left out: decoder_blocks" in capsys.readouterr().out
+    video = str(labelled / "val" / "up" / "0.mp4")
+    assert finetune.main(["--predict", video, "--init", str(tmp_path / "run" / "last.pt"), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert {line.split()[-1] for line in lines} == {"left", "right", "up"} and shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
+    assert finetune.main(tuning(labelled, tmp_path / "more", "--steps", 1)[:4] + ["--init", str(tmp_path / "run" / "best.pt"), "--steps", "1", "--out", str(tmp_path / "more"),
+                                                                                   "--device", "cpu", "--views", "1x1"]) == 0
+    assert "a new head" not in capsys.readouterr().out
+    assert finetune.main(["--scratch", *tuning(labelled, tmp_path / "scratch", "--steps", 1)]) == 0
+    assert "from scratch" in capsys.readouterr().out
+
+
+def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path):
+    def listed(name, *lines):
+        (tmp_path / name).write_text("\n".join(lines))
+        return str(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    classes = listed("classes.txt", f"{labelled}/train/left/0.mp4 0", f"{labelled}/train/right/0.mp4 1")
+    more = listed("more.txt", f"{labelled}/val/left/0.mp4 0", f"{labelled}/val/up/0.mp4 2")
+    words = listed("words.txt", f"{labelled}/train/left/0.mp4 0", f"{labelled}/train/right/0.mp4 one")
+    halves = listed("halves.txt", f"{labelled}/train/left/0.mp4 0.5", f"{labelled}/train/right/0.mp4 1")
+    bare = listed("bare.txt", f"{labelled}/train/left/0.mp4")
+    torch.save(dict(model={}), tmp_path / "strange.pt")
+    torch.save(dict(weights=3), tmp_path / "stranger.pt")
+    pretrain, nothing = str(labelled / "pretrain" / "last.pt"), str(tmp_path / "empty")
+    cases = [(["--data", classes, "--val", more], "class '2' is not among the 2 classes"), (["--data", words], "'one' is not a whole number"),
+             (["--data", halves], "'0.5' is not a whole number"), (["--data", bare], "no labels"), (["--val", bare], "no labels"), (["--val", nothing], "no video in this folder"),
+             (["--views", "7"], "7x3"), (["--views", "ax3"], "7x3"), (["--views", "0x3"], "7x3"), (["--model", "base"], "--model base.*has tiny"),
+             (["--patch", "2x4x4"], "patch"), (["--size", "20"], "height 20"), (["--init", str(tmp_path / "strange.pt")], "patch_embed"),
+             (["--init", str(tmp_path / "stranger.pt")], "no tensors"), (["--init", "gone.pt"], "gone.pt"), (["--eval"], "has no head"), (["--predict", "x.mp4"], "has no head"),
+             (["--mixup", "-1"], "not a number"), (["--layer-decay", "2"], "not a number")]
+    for change, pattern in cases:
+        with pytest.raises(train.InputError) as caught:
+            finetune.main(tuning(labelled, tmp_path / "out", "--steps", 2, "--workers", 0, *change))
+        assert "\n" not in str(caught.value) and re.search(pattern, str(caught.value)), f"{change}: {caught.value}"
+    for command, pattern in ((["--data", str(labelled / "train"), "--device", "cpu"], "no checkpoint"),
+                             (["--data", str(labelled / "val"), "--init", pretrain, "--device", "cpu"], "give --val")):
+        with pytest.raises(train.InputError, match=pattern):
+            finetune.main(command)
+    result = run_script("finetune.py", *tuning(labelled, tmp_path / "out", "--views", "many"), check=1)
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_unreadable_validation_videos_are_named_and_count_as_wrong(labelled, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.copytree(labelled / part, tmp_path / part)
+    (tmp_path / "val" / "left" / "0.mp4").write_bytes(b"nothing")
+    assert finetune.main([word.replace(str(labelled / "val"), str(tmp_path / "val")) for word in tuning(labelled, tmp_path / "run", "--steps", 1)]) == 0
+    assert f"cannot be read: {tmp_path}/val/left/0.mp4" in capsys.readouterr().out
+    assert predictions(tmp_path / "run")[0]["top5"] == {} and len(predictions(tmp_path / "run")) == 7
+
+
+def test_a_fine_tuning_that_is_not_finite_stops_and_one_that_is_asked_to_stop_goes_on_as_if_nothing_had_happened(labelled, tmp_path, monkeypatch, capsys):
+    more = "--steps", 6, "--save-every", 4, "--workers", 0
+    assert finetune.main(tuning(labelled, tmp_path / "whole", *more)) == 0
+    forward, calls = mae_st.Classifier.forward, iter(range(100))
+    with monkeypatch.context() as patch, pytest.raises(train.InputError, match="step 3 are not finite"):
+        patch.setattr(mae_st.Classifier, "forward", lambda self, video: forward(self, video) * (math.nan if next(calls) == 2 else 1))
+        finetune.main(tuning(labelled, tmp_path / "broken", *more))
+    finish = finetune.Finetuning.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Finetuning, "finish", lambda self, step, *numbers: (step == 1 and os.kill(os.getpid(), signal.SIGTERM)) or finish(self, step, *numbers))
+        assert finetune.main(tuning(labelled, tmp_path / "parts", *more)) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step" in capsys.readouterr().out
+    assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] in (2, 3, 4)
+    assert finetune.main(tuning(labelled, tmp_path / "parts", *more)) == 0
+    assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    assert train.read_checkpoint(tmp_path / "whole" / "last.pt")["best"] == train.read_checkpoint(tmp_path / "parts" / "last.pt")["best"]
 
 
 # ---------------------------------------------------------------------------------------------------- bench.py

@@ -677,10 +677,10 @@ class Damaged(Exception):
     """A checkpoint whose bytes are not what was written."""
 
 
-def save_checkpoint(folder, content, keep):
+def save_checkpoint(folder, content, keep, name="last"):
     """Write folder/last.pt whole or not at all; the one before becomes last-1.pt, and so on, `keep` in all."""
-    names = [folder / ("last.pt" if age == 0 else f"last-{age}.pt") for age in range(keep)]
-    unfinished = folder / "last.pt.unfinished"
+    names = [folder / (f"{name}.pt" if age == 0 else f"{name}-{age}.pt") for age in range(keep)]
+    unfinished = folder / f"{name}.pt.unfinished"
     try:
         with open(unfinished, "wb") as file:
             torch.save(content, file)
@@ -770,7 +770,7 @@ def start(device_name):
     device = torch.device(device_name, local) if device_name == "cuda" else torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32 where --amp off
     if world > 1:
         # torchrun keeps its store over restarts: without a prefix the new processes would look for the dead ones' addresses.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
@@ -1282,7 +1282,15 @@ def check_data(args, machine):
 # ------------------------------------------------------------------------------------------------ arguments
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default that depends on something else stands in the text
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
@@ -1324,7 +1332,7 @@ DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8),
 
 def shared_arguments(description):
     """A parser with the flags that train.py and finetune.py share, and its groups: data, method, recipe, run."""
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = Parser(description)
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder of videos (class sub-folders or flat) or list file; without it a small set is written and used")
     data.add_argument("--frames", type=whole, default=16, help="frames of a clip")
