@@ -1371,7 +1371,7 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=1200, batch_size=16, repeat=2, lr=0.064,
+DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=900, batch_size=16, repeat=2, lr=0.128,
             warmup=0.1, clip=1.0)
 
 
