@@ -475,8 +475,8 @@ class VideoClips(Dataset):
         item = dict(video=torch.from_numpy(pixels), index=video, bad=bad)
         if self.noise:
             strategy, grid = self.noise
-            seeds = [torch.Generator().manual_seed(int(random(self.seed, CLIP, k, repeat, 1).integers(2**62))) for repeat in range(self.repeat)]
-            item["noise"] = torch.cat([mask_noise(strategy, 1, grid, generator) for generator in seeds])  # (R, a, b, c)
+            generators = [torch.Generator().manual_seed(int(random(self.seed, CLIP, k, repeat, 1).integers(2**62))) for repeat in range(self.repeat)]
+            item["noise"] = torch.cat([mask_noise(strategy, 1, grid, generator) for generator in generators])  # (R, a, b, c)
         return item
 
 
@@ -987,8 +987,7 @@ class Pretraining:
         self.workers, self.workers_reason = choose_workers(args.workers, self.device, machine.ranks_here)
         torch.manual_seed(args.seed)
         self.model_args, self.model = self.make_model()
-        fused = self.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.peak_lr, betas=self.BETAS, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.peak_lr, betas=self.BETAS, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.preview, self.batches, self.batches_seen = 0, None, None, 0
         self.clips = self.make_clips(args.repeat)
@@ -1101,7 +1100,7 @@ class Pretraining:
 
     def report(self):
         args, say = self.args, self.machine.say
-        say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items())}")
+        say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items() if not key.endswith('_reason'))}")
         say(f"videos: {len(self.videos)}, the first as read: " + "; ".join(self.describe(i) for i in range(min(3, len(self.videos)))))
         say(self.describe_model())
         say(f"precision: {self.dtype or 'float32'} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
@@ -1371,7 +1370,7 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=900, batch_size=16, repeat=2, lr=0.128,
+DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=800, batch_size=16, repeat=2, lr=0.128,
             warmup=0.1, clip=1.0)
 
 
