@@ -277,6 +277,15 @@ def test_sizes_have_the_papers_numbers_of_parameters(size, millions):
     assert len(model.decoder_blocks) == 4 and model.decoder_pos.shape == (1569, 512) and model.decoder_blocks[0].attn.heads == 8
 
 
+def test_the_snippet_in_the_readme_runs_and_gives_the_shapes_it_says():
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    names = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert len(snippets) == 1 and names["loss"].isfinite() and names["filled"].shape == (2, 3, 8, 224, 224) and names["mask"].shape == (2, 8, 14, 14)
+    assert names["tokens"].shape == (2, 1568, 384) and names["cls"].shape == (2, 384)
+
+
 def test_the_model_file_imports_torch_alone():
     nodes = list(ast.walk(ast.parse((HERE / "mae_st.py").read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
