@@ -944,6 +944,30 @@ def test_a_damaged_checkpoint_is_told_and_never_loaded(some_videos, tmp_path, ca
         train.main(arguments(some_videos, run, "--steps", "4"))
 
 
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    first = train.hold_folder(tmp_path)
+    with pytest.raises(train.InputError, match="in use by another run"):
+        train.hold_folder(tmp_path)
+    first.close()
+    train.hold_folder(tmp_path).close()
+
+
+def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_videos, tmp_path, capsys):
+    demo, given = train.parse_arguments([]), train.parse_arguments(["--epochs", "200"])
+    assert demo.steps == train.DEMO["steps"] and given.steps is None and given.epochs == 200 and given.model == "tiny"
+    train.main(arguments(some_videos, tmp_path / "run", "--steps", "2"))
+    for more, words in (([], "75% hidden (agnostic)"), (["--mask-ratio", "0.5", "--strategy", "tube"], "50% hidden (tube)")):
+        train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--device", "cpu", *more])
+        assert words in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    for content in ([1, 2], torch.zeros(3)):
+        torch.save(content, tmp_path / "last.pt")
+        with pytest.raises(train.InputError, match="no checkpoint"):
+            train.load_init(tmp_path / "last.pt")
+
+
 class Mischief:
     def __reduce__(self):
         return os.mkdir, ("mischief",)
