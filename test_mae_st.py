@@ -944,12 +944,14 @@ def test_a_damaged_checkpoint_is_told_and_never_loaded(some_videos, tmp_path, ca
         train.main(arguments(some_videos, run, "--steps", "4"))
 
 
-def test_two_runs_cannot_share_a_folder(tmp_path):
-    first = train.hold_folder(tmp_path)
-    with pytest.raises(train.InputError, match="in use by another run"):
-        train.hold_folder(tmp_path)
-    first.close()
-    train.hold_folder(tmp_path).close()
+def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path):
+    held = train.hold_folder(tmp_path)
+    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])  # has the file open, like a data worker
+    result = run_script("train.py", *arguments(some_videos, tmp_path, "--steps", "1"), check=1)
+    assert "in use by another run" in result.stderr.splitlines()[-1]
+    held.close()
+    run_script("train.py", *arguments(some_videos, tmp_path, "--steps", "1"))
+    worker.communicate(b"\n")
 
 
 def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_videos, tmp_path, capsys):

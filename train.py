@@ -1069,7 +1069,7 @@ class Pretraining:
         """Train to the last step, or to a signal; returns the exit status."""
         args, machine = self.args, self.machine
         make_folder(self.out)
-        lock = hold_folder(self.out) if machine.rank == 0 else None
+        self.lock = hold_folder(self.out) if machine.rank == 0 else None
         if not self.resume():
             self.begin()
         self.report()
@@ -1085,8 +1085,6 @@ class Pretraining:
             machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
             return 128 + stop.signal
         self.conclude()
-        if lock:
-            lock.close()
         return 0
 
     def begin(self):
@@ -1229,12 +1227,15 @@ def make_folder(out):
 
 
 def hold_folder(out):
-    """Keep other runs out of this folder for as long as the returned file is open."""
+    """Keep other runs out of this folder for as long as the returned file is open in this process.
+
+    lockf, not flock: data workers that outlive a killed run by some seconds must not hold the lock against its successor.
+    """
     try:
         lock = (out / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise InputError(f"--out {out} is in use by another run; wait for it, or choose another folder") from error
 
 
