@@ -705,10 +705,9 @@ def save_checkpoint(folder, content, keep, name="last"):
             if newer.exists():
                 newer.replace(older)
         unfinished.replace(names[0])
-        if hasattr(os, "O_DIRECTORY"):  # the new names reach the disk too
-            descriptor = os.open(folder, os.O_DIRECTORY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        descriptor = os.open(folder, os.O_DIRECTORY)  # the new names reach the disk too
+        os.fsync(descriptor)
+        os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         unfinished.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -1029,12 +1028,14 @@ class Pretraining:
     def resume(self):
         """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed.
         Returns whether there was one."""
-        chosen = [find_checkpoint(self.out)[0]] if self.machine.rank == 0 else [None]
+        path, content = find_checkpoint(self.out) if self.machine.rank == 0 else (None, None)
+        chosen = [path]
         if self.machine.world > 1:
             dist.broadcast_object_list(chosen)
         if chosen[0] is None:
             return False
-        content = read_checkpoint(chosen[0])
+        if content is None:  # on the other ranks
+            content = read_checkpoint(chosen[0])
         before, now = content.get("identity"), self.identity()
         if before is None or content.keys() != self.state().keys():
             raise InputError(f"{chosen[0]} is no checkpoint of such a run; choose another --out")
