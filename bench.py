@@ -4,9 +4,10 @@
     python bench.py --flops --model huge         the arithmetic alone, at once
     python bench.py --loader my_videos           reading clips alone, beside the straightforward way
     python bench.py --end-to-end my_videos       computing, and loading + computing: Table 1 of the paper in full
+    python bench.py --miniature lines.jsonl      the paper's findings in small, on generated videos; goes on where it stopped
 
 Tables go to stdout as Markdown, everything else to stderr.
-From top to bottom: the arithmetic, the dense baseline, timing a step, loading, both together, tables and chart, the run.
+From top to bottom: the arithmetic, the dense baseline, timing a step, loading, both together, the miniature, tables and chart, the run.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see train.py
@@ -30,7 +33,7 @@ from tqdm import tqdm
 
 from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, mask_noise, normalise, small_normal, split_tokens, take
 from train import (BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, between, choose_precision, choose_workers,
-                   clip_batches, decay_groups, list_videos, numbers, positive, random, read_clips, run_script, shown_at, square, start,
+                   clip_batches, decay_groups, generate_videos, list_videos, numbers, positive, random, read_clips, run_script, shown_at, square, start,
                    to_device, update, whole, write_video)
 
 
@@ -417,6 +420,102 @@ def with_loading(row, videos, workers):
     return steps * row.clips / total, waited / total
 
 
+# ------------------------------------------------------------------------------------------- the miniature
+
+# The paper's findings in small, on the generated videos. What differs from `python train.py` without data, by the setting's name:
+SETTINGS = {
+    "mae": "",
+    "ratio-0.5": "--mask-ratio 0.5", "ratio-0.9": "--mask-ratio 0.9", "ratio-0.95": "--mask-ratio 0.95",
+    "tube": "--strategy tube", "frame": "--strategy frame", "block": "--strategy block",
+    "norm-pix": "--norm-pix",
+    "repeat-1": "--repeat 1 --batch-size 32 --lr 0.096", "repeat-2": "--repeat 2 --batch-size 16 --lr 0.192",  # as many clips at the same rate
+}
+# Another task on the same videos, told by looks: the colour of the shapes. As many clips as pre-training sees.
+COLOURS = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny --frames 8 --size 32 "
+          "--patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 --layer-decay 1 --drop-path 0 --dropout 0 "
+          "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
+PER_CLASS = {"mae": (3, 5, 10), "colours": (3, 5, 10), "scratch": (3, 5, 10)}  # labels to fine-tune with; 5 for the other settings
+STARTS = {"mae": "MAE, 75 % hidden, agnostic, raw pixels, repeat 4", "colours": "supervised, colour of the shapes", "scratch": "from scratch"}
+
+
+def miniature_chains(args):
+    """The runs, as chains of dicts (setting, seed, labels, command): a pre-training, then what is fine-tuned from it."""
+    more = f"{'' if args.jobs == 1 else ' --workers 0'}{f' --steps {args.steps}' if args.steps else ''}"
+    for seed in range(args.seeds):
+        for setting in ("mae", "scratch", "colours", *list(SETTINGS)[1:]):
+            out, tail = f"runs/miniature/{setting}-{seed}", f"{more} --seed {seed}"
+            script = COLOURS if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
+            chain = [dict(setting=setting, seed=seed, labels=None, command=f"{script}{tail} --out {out}")] if script else []
+            start = f"--init {out}/last.pt --no-compare" if script else "--scratch"
+            chain += [dict(setting=setting, seed=seed, labels=8 * n, command=f"finetune.py {start} --per-class {n}{tail} --out {out}-{8 * n}")
+                      for n in PER_CLASS.get(setting, (5,))]
+            yield chain
+
+
+def run_chain(chain, done, file, jobs, machine):
+    """Run what is not done yet; each run that ends well appends its line."""
+    for line in chain:
+        if line["command"] in done:
+            continue
+        out = Path(line["command"].split("--out ")[1])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        with open(f"{out}.txt", "w") as said:
+            status = subprocess.run([sys.executable, str(Path(__file__).with_name(line["command"].split()[0])), *line["command"].split()[1:]], stdout=said,
+                                    stderr=subprocess.STDOUT, env=os.environ | ({} if jobs == 1 else {"OMP_NUM_THREADS": "1"})).returncode
+        if status:
+            raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. The same command goes on from here")
+        rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
+        result = dict(loss=statistics.mean(row["loss"] for row in rows[-50:]), clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
+        if (out / "predictions.jsonl").exists():
+            places = [json.loads(row)["place"] for row in (out / "predictions.jsonl").read_text().splitlines()]
+            result |= dict(videos=len(places), top1=100 * places.count(0) / len(places))
+        line |= result | dict(seconds=time.perf_counter() - began, jobs=jobs, torch=torch.__version__, machine=machine)
+        with open(file, "a") as lines:
+            lines.write(json.dumps(line) + "\n")
+        print(f"{line['setting']}, {line['labels'] or 'no'} labels, seed {line['seed']}: loss {line['loss']:.4f}"
+              + (f", top-1 {line['top1']:.1f} %" if "top1" in line else "") + f", {line['seconds']:.0f} s", flush=True)
+
+
+def miniature(args):
+    """--miniature FILE: run what FILE has no line of yet, then heading, columns and rows: top-1 and its spread over the seeds."""
+    machine, file = start(args.device), args.miniature
+    args.jobs = args.jobs or (1 if machine.device.type == "cuda" else len(os.sched_getaffinity(0)))
+    args.device = torch.cuda.get_device_name() if machine.device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    chains = list(miniature_chains(args))
+    wanted = {line["command"] for chain in chains for line in chain}
+    try:
+        done = [json.loads(line) for line in Path(file).read_text().splitlines()] if os.path.exists(file) else []
+    except ValueError as error:
+        raise InputError(f"--miniature {file}: a line is no JSON ({error}); take it out, and its run is done again") from error
+    done = {line["command"]: line for line in done}
+    generate_videos("data/moving_shapes")
+    print(f"{len(wanted)} runs, {len(wanted & done.keys())} of them in {file}; {args.jobs} at a time")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run_chain, chain, done, file, args.jobs, args.device) for chain in chains]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # waits for the runs under way; after Ctrl-C they save and end
+            raise
+    lines = [line for line in map(json.loads, Path(file).read_text().splitlines()) if line["command"] in wanted]
+    return [f"Top-1 on {lines[-1].get('videos', 0)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. Speed: clips/s of pre-training."], \
+        MINIATURE, [summary(setting, lines) for setting in ("mae", "colours", "scratch", *list(SETTINGS)[1:])]
+
+
+def summary(setting, lines):
+    """A row of the miniature's table, every cell as it is printed."""
+    row = dict(setting=STARTS.get(setting, SETTINGS.get(setting)))
+    for labels in (24, 40, 80):
+        found = [line["top1"] for line in lines if (line["setting"], line["labels"]) == (setting, labels)]
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        row[f"labels_{labels}"] = f"{statistics.mean(found):.1f}{spread}" if found else ""
+    speed, baseline = ([line["clips_per_s"] for line in lines if (line["setting"], line["labels"]) == (which, None)] for which in (setting, "mae"))
+    row["speed"] = f"{statistics.median(speed) / statistics.median(baseline):.2f}x" if speed and setting != "colours" else ""
+    return row
+
+
 # --------------------------------------------------------------------------------------- tables and chart
 
 ARITHMETIC = {"hidden": "{name}", "visible tokens": "{visible_tokens}", "GMACs, encoder + decoder": "{gmacs_encoder:.4g} + {gmacs_decoder:.4g}",
@@ -430,6 +529,7 @@ LOADED = {"load + compute, clips/s": "{load_compute_clips_per_s:.3g}", "load + c
           "waiting for data": "{data_wait:.0%}"}
 LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.1f}", "straightforward": "{straightforward_clips_per_s:.1f}",
            "ratio": "{ratio:.2f}x"}
+MINIATURE = {"pre-training": "{setting}", "24 labels": "{labels_24}", "40 labels": "{labels_40}", "80 labels": "{labels_80}", "speed": "{speed}"}
 
 
 def markdown(columns, rows):
@@ -515,6 +615,7 @@ def parse_arguments(argv=None):
     what.add_argument("--flops", action="store_true", help="only the arithmetic")
     what.add_argument("--loader", metavar="FOLDER", nargs="?", const="", help="only reading clips; generated files without a folder")
     what.add_argument("--end-to-end", metavar="FOLDER", nargs="?", const="", help="also loading + computing; generated files without a folder")
+    what.add_argument("--miniature", metavar="FILE", help="the paper's findings in small; every run that ends adds its line to FILE")
     model = parser.add_argument_group("model and input")
     model.add_argument("--model", choices=SIZES, help="size (default: large, on a CPU small)")
     model.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9, 0.95], help="shares of the tokens that are hidden, one row each")
@@ -535,6 +636,10 @@ def parse_arguments(argv=None):
     data = parser.add_argument_group("loading")
     data.add_argument("--stride", type=positive, default=4, help="time between frames, in thirtieths of a second")
     data.add_argument("--workers", type=between(0, 1024, int), help="data worker processes of --end-to-end (default: from the CPUs)")
+    small = parser.add_argument_group("miniature")
+    small.add_argument("--seeds", type=whole, default=3, help="runs of each setting")
+    small.add_argument("--jobs", type=whole, help="runs side by side, each with one thread (default: as many as CPUs; one, with all threads, on a GPU)")
+    small.add_argument("--steps", type=whole, help="optimizer steps of every run, to try it out (default: the scripts' own)")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write every row with all settings")
     output.add_argument("--chart", metavar="FILE.svg", help="draw speedup against masking ratio")
@@ -544,8 +649,8 @@ def parse_arguments(argv=None):
 def complete(args):
     """Check what argparse cannot, and fill in what depends on other arguments."""
     args.ratios = sorted(set(args.ratios))
-    if args.chart and args.loader is not None:
-        raise InputError("--chart draws speedup against masking ratio, and --loader has none; leave one of the two out")
+    if args.chart and (args.loader is not None or args.miniature):
+        raise InputError("--chart draws speedup against masking ratio, of which --loader and --miniature have none; leave one of the two out")
     if args.flops:
         args.model = args.model or "large"
     args.repeat = args.repeat or (1 if args.loader is None and args.end_to_end is None else 4)
@@ -563,7 +668,8 @@ def main(argv=None):
     complete(args)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what train.py prints is no part of the table
-            heading, columns, rows = flops(args) if args.flops else speed(args) if args.loader is None else loading(args)
+            heading, columns, rows = (flops(args) if args.flops else miniature(args) if args.miniature else
+                                    speed(args) if args.loader is None else loading(args))
     except torch.OutOfMemoryError as error:
         raise InputError("out of memory while measuring; give a smaller --batch-size, --model or --size") from error
     print("\n\n".join([*heading, markdown(columns, rows)]))

@@ -323,7 +323,7 @@ def few(videos, per_class, rng):
 
 # ------------------------------------------------------------------------------------------------ the model
 
-ENCODER = "frames height width channels patch dim depth heads mlp_ratio".split()  # of the arguments in a checkpoint, what counts here
+ENCODER = "frames height width channels patch dim depth heads mlp_ratio positions".split()  # of the arguments in a checkpoint, what counts here
 
 
 def build_classifier(args, content, classes, batch_norm=False):
@@ -647,8 +647,8 @@ SHAPE = dict(model="large", frames=16, size=(224, 224), patch=(2, 16, 16), strid
 PROBE = dict(lr=6.4e-2, end_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
              rand_augment=0.0, erase=0.0)
 # Without --data: a mirrored or turned motion is another class, and a mixed one is none.
-DEMO = dict(per_class=10, steps=200, save_every=100, batch_size=64, repeat=1, lr=8e-3, end_lr=0.0, warmup=0.1, layer_decay=1.0, drop_path=0.0, dropout=0.0,
-            mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.9, views=(3, 1))
+DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=0.024, end_lr=0.0, warmup=0.1, layer_decay=1.0, drop_path=0.0, dropout=0.0,
+            mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.5, views=(3, 1))
 
 
 def parse_arguments(argv=None):

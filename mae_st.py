@@ -79,16 +79,18 @@ def mask_noise(strategy, batch, grid, generator=None, device=None):
     agnostic  (B, t, h, w)  every token on its own: the paper's choice
     tube      (B, 1, h, w)  space only: a place is seen at all times or never
     frame     (B, t, 1, 1)  time only: a slice of time is seen whole or not at all
-    block     (B, t, h, w)  tokens of a cube share their number; a cube is a quarter of the grid along each axis, rounded up
+    block     (B, t, h, w)  tokens of a cube share their number; a cube is a quarter of the grid along each axis, rounded
+                            up, and at least 2 tokens
     """
     t, h, w = grid
-    shapes = {"agnostic": (t, h, w), "tube": (1, h, w), "frame": (t, 1, 1), "block": (4, 4, 4)}
+    sides = [min(length, max(2, math.ceil(length / 4))) for length in grid]  # of a cube
+    shapes = {"agnostic": (t, h, w), "tube": (1, h, w), "frame": (t, 1, 1), "block": [math.ceil(length / side) for length, side in zip(grid, sides)]}
     if strategy not in shapes:
         raise ValueError(f"mask strategy {strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
     noise = torch.rand(batch, *shapes[strategy], generator=generator, device=device)
     if strategy == "block":
-        for axis, length in enumerate(grid, start=1):  # every number is repeated over its cube
-            noise = noise.repeat_interleave(math.ceil(length / 4), dim=axis).narrow(axis, 0, length)
+        for axis, (length, side) in enumerate(zip(grid, sides), start=1):  # every number is repeated over its cube
+            noise = noise.repeat_interleave(side, dim=axis).narrow(axis, 0, length)
     return noise
 
 
@@ -178,9 +180,31 @@ def initialize_weights(module):
     # LayerNorm starts as torch makes it: weight 1, bias 0.
 
 
-def small_normal(*shape, std=0.02):
+def small_normal(*shape):
     """A learned table or token."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std))
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
+
+
+def waves(length, dim):
+    """Sines and cosines of the places along an axis, their periods from 2 * length down to 2 places: (length, dim)."""
+    period = 2 * length ** torch.linspace(1, 0, dim // 2)  # (dim / 2,)
+    phase = 2 * math.pi * (torch.arange(length)[:, None] + 0.5) / period  # (length, dim / 2)
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def position_tables(grid, dim, start):
+    """How learned positions begin: time (t, D) and space (h * w, D).
+
+    "normal": small random numbers, as in both codes; "waves": sines and cosines, time in the first quarter of D, height and
+    width in the rest, so that near tokens look alike from the first step. Raises ValueError for another start or width.
+    """
+    (t, h, w), a, b = grid, dim // 4, 3 * dim // 8
+    if start == "normal":
+        return small_normal(t, dim), small_normal(h * w, dim)
+    if start != "waves" or dim % 16:
+        raise ValueError(f"positions {start!r} of width {dim} are unknown: choose normal, or waves with a width that 16 divides")
+    place = torch.cat([waves(h, b).repeat_interleave(w, 0), waves(w, b).repeat(h, 1)], dim=1)  # (h * w, 3D / 4)
+    return nn.Parameter(F.pad(waves(t, a), (0, dim - a))), nn.Parameter(F.pad(place, (a, 0)))
 
 
 # ------------------------------------------------------------------------------------------------ encoder
@@ -189,22 +213,21 @@ def small_normal(*shape, std=0.02):
 class Encoder(nn.Module):
     """A plain ViT over the tokens it is given: the visible ones (pre-training) or all of them (everything else).
 
-    pos_std is the spread of the positions at the start (0.02 in both codes; see SIZES for the exception). drop_path is
-    the rate of the last block, growing linearly from 0 at the first. With checkpointing=True the
-    blocks' activations are computed again in the backward pass instead of kept: less memory, a third more time.
+    positions says how they start, see `position_tables`. drop_path is the rate of the last block, growing linearly from
+    0 at the first. With checkpointing=True the blocks' activations are computed again in the backward pass instead of
+    kept: less memory, a third more time.
     """
 
     def __init__(self, *, frames=16, height=224, width=224, channels=3, patch=(2, 16, 16),
-                 dim=1024, depth=24, heads=16, mlp_ratio=4, pos_std=0.02, drop_path=0.0, checkpointing=False):
+                 dim=1024, depth=24, heads=16, mlp_ratio=4, positions="normal", drop_path=0.0, checkpointing=False):
         super().__init__()
         self.video_size, self.patch, self.channels = (frames, height, width), tuple(patch), channels
-        self.grid = t, h, w = grid_size(self.video_size, self.patch)
+        self.grid = grid_size(self.video_size, self.patch)
         self.checkpointing = checkpointing
         self.embed = nn.Linear(math.prod(patch) * channels, dim)
         self.cls_token = small_normal(1, dim)
         self.pos_cls = small_normal(1, dim)
-        self.pos_time = small_normal(t, dim, std=pos_std)
-        self.pos_space = small_normal(h * w, dim, std=pos_std)
+        self.pos_time, self.pos_space = position_tables(self.grid, dim, positions)  # (t, D), (h * w, D)
         self.blocks = nn.ModuleList(
             Block(dim, heads, mlp_ratio, drop_path * i / max(1, depth - 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -257,18 +280,21 @@ class MaskedAutoencoder(nn.Module):
     """
 
     def __init__(self, *, decoder_dim=512, decoder_depth=4, decoder_heads=8, target="frame", norm_pix=True,
-                 mlp_ratio=4, pos_std=0.02, dim=1024, **encoder):
+                 mlp_ratio=4, positions="normal", dim=1024, **encoder):
         super().__init__()
         if target not in ("frame", "patch"):
             raise ValueError(f"target {target!r} is unknown: choose frame (the first of each patch) or patch (all of it)")
-        self.encoder = Encoder(dim=dim, mlp_ratio=mlp_ratio, pos_std=pos_std, **encoder)
+        self.encoder = Encoder(dim=dim, mlp_ratio=mlp_ratio, positions=positions, **encoder)
         self.target, self.norm_pix = target, norm_pix
         u, p, q = self.encoder.patch
         self.target_patch = (1 if target == "frame" else u, p, q)
         self.target_numbers = math.prod(self.target_patch) * self.encoder.channels  # the first so many of P
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = small_normal(1, decoder_dim)
-        self.decoder_pos = small_normal(1 + math.prod(self.encoder.grid), decoder_dim, std=pos_std)  # class token, then all tokens
+        self.decoder_pos = small_normal(1 + math.prod(self.encoder.grid), decoder_dim)  # class token, then all tokens
+        if positions == "waves":
+            time, space = position_tables(self.encoder.grid, decoder_dim, positions)
+            self.decoder_pos.data[1:] = (time[:, None] + space).flatten(0, 1)
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads, mlp_ratio) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, self.target_numbers)
@@ -377,9 +403,9 @@ class Classifier(nn.Module):
 
 # base, large and huge are the paper's ViT-B, ViT-L and ViT-H and share its decoder, 512 wide and 4 deep. small is the
 # usual ViT-S with a decoder half as wide; tiny is made for small pictures on two CPU cores, and for tests: its positions
-# start large, which shortens the time in which a small model predicts nothing but average colours.
+# start as waves, which shortens the time in which a small model predicts nothing but average colours.
 SIZES = {
-    "tiny": dict(dim=128, depth=4, heads=2, decoder_dim=64, decoder_depth=2, decoder_heads=1, pos_std=0.3),
+    "tiny": dict(dim=128, depth=2, heads=4, decoder_dim=64, decoder_depth=1, decoder_heads=2, positions="waves"),
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
     "base": dict(dim=768, depth=12, heads=12),  # 86 M encoder parameters
     "large": dict(dim=1024, depth=24, heads=16),  # 304 M

@@ -70,7 +70,7 @@ def test_a_size_that_the_patch_does_not_divide_is_an_error_that_names_both_numbe
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("grid", [(8, 14, 14), (3, 5, 7)])
+@pytest.mark.parametrize("grid", [(8, 14, 14), (3, 5, 7), (4, 4, 4)])
 def test_masks_partition_the_tokens_with_the_same_number_for_every_clip(strategy, grid):
     t, h, w = grid
     noise = mask_noise(strategy, 5, grid, torch.Generator().manual_seed(1))
@@ -86,7 +86,7 @@ def test_masks_partition_the_tokens_with_the_same_number_for_every_clip(strategy
     else:
         assert keep.shape[1] == math.floor(t * h * w * 0.25)
     if strategy == "block":  # cubes are seen whole or hidden whole, all but the one where the number ran out
-        sides = [math.ceil(length / 4) for length in grid]
+        sides = [max(2, math.ceil(length / 4)) for length in grid]
         for b in range(5):
             cubes = [seen[b, i:i + sides[0], j:j + sides[1], k:k + sides[2]] for i in range(0, t, sides[0]) for j in range(0, h, sides[1]) for k in range(0, w, sides[2])]
             assert sum(bool(cube.any() and not cube.all()) for cube in cubes) <= 1
@@ -680,7 +680,7 @@ def some_videos(tmp_path_factory):
     """Seven small videos with labels, and the folder."""
     folder = tmp_path_factory.mktemp("videos")
     for i in range(7):
-        train.write_video(folder / f"{i}.mp4", train.moving_shapes(np.random.default_rng(i), train.MOVES[i], 20, 32), 30)
+        train.write_video(folder / f"{i}.mp4", train.moving_shapes(np.random.default_rng(i), train.MOVES[i], "red", 20, 32), 30)
     return folder
 
 
@@ -1478,7 +1478,7 @@ def labelled(tmp_path_factory):
         for name in ("left", "right", "up"):
             (folder / part / name).mkdir(parents=True)
             for i in range(count if (part, name) != ("val", "up") else 1):
-                train.write_video(folder / part / name / f"{i}.mp4", train.moving_shapes(np.random.default_rng([i, count]), name, 16, 32), 30)
+                train.write_video(folder / part / name / f"{i}.mp4", train.moving_shapes(np.random.default_rng([i, count]), name, "red", 16, 32), 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)
         assert train.main(arguments(folder / "train", folder / "pretrain", "--steps", "4", "--save-every", "4")) == 0

@@ -571,28 +571,42 @@ SHAPES = {  # below 0 inside; x and y in units of the radius
 }
 
 
-def moving_shapes(rng, move, frames, size):
+COLOURS = {"red": (220, 40, 40), "yellow": (220, 220, 40), "green": (40, 200, 40), "cyan": (40, 210, 210), "blue": (50, 50, 220), "magenta": (220, 40, 200)}
+
+
+def moving_shapes(rng, move, colour, frames, size):
     """One generated video: uint8 (frames, size, size, 3).
 
-    On a smooth background a shape moves steadily in one of eight directions, in at one side when out at the other,
-    past a second one of its kind that stands still. Kind, colours, places, sizes and speed are random: only the motion
-    tells the class.
+    A camera pans over a textured scene, which so moves steadily in one of eight directions; two shapes of one colour, more
+    or less, drift over it on paths of their own and hide it, and now and then each other. Texture, kinds, places, sizes
+    and speeds are random: no single frame tells the motion, and the motion does not tell the colour.
     """
-    kind = SHAPES[rng.choice(list(SHAPES))]
-    y, x = (np.mgrid[0:size, 0:size] + 0.5).astype(np.float32)  # (H, W)
-    corners = rng.uniform(30, 225, (2, 2, 3)).astype(np.float32)
-    across, down = (x / size)[..., None], (y / size)[..., None]
-    video = (1 - down) * ((1 - across) * corners[0, 0] + across * corners[0, 1]) + down * ((1 - across) * corners[1, 0] + across * corners[1, 1])
-    angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.2, 0.45) * size / 30  # pixels per frame: a crossing in 2 to 5 s
-    time_axis = np.arange(frames, dtype=np.float32)[:, None, None]
-    for velocity in (0, speed):
-        radius, left, top = rng.uniform(0.2, 0.3) * size, rng.uniform(0, size), rng.uniform(0, size)
-        colour = rng.uniform(0, 255, 3).astype(np.float32)
-        dx = (x - left - velocity * math.cos(angle) * time_axis + size / 2) % size - size / 2  # (T, H, W)
-        dy = (y - top + velocity * math.sin(angle) * time_axis + size / 2) % size - size / 2
-        inside = np.clip(0.5 - kind(dx / radius, dy / radius) * radius, 0, 1)[..., None]  # a soft edge one pixel wide
-        video = video * (1 - inside) + colour * inside  # (T, H, W, 3)
-    return video.round().astype(np.uint8)
+    angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.5, 1.0) * size / 32  # pixels per frame
+    flow = speed * np.array([math.cos(angle), -math.sin(angle)])  # x, y
+    time, place = np.arange(frames, dtype=np.float32)[:, None, None], np.arange(size, dtype=np.float32) + 0.5
+
+    # The texture: plane waves a quarter to one and a half pictures long, the longer the stronger, as in natural pictures.
+    # Where the scene has moved by d, the phase of a wave has turned by wave * d.
+    length, way = size * np.exp(rng.uniform(math.log(0.25), math.log(1.5), 24)), rng.uniform(0, 2 * math.pi, 24)
+    wave = 2 * math.pi / length * np.array([np.cos(way), np.sin(way)])  # (2, 24), in x and y
+    strength = rng.normal(1, 0.5, (3, 24)) * np.exp(2j * math.pi * rng.random(24)) * length  # grey with a tint
+    strength *= 45 * math.sqrt(2) / np.sqrt((abs(strength) ** 2).sum(1, keepdims=True))  # a spread of 45 in every channel
+    there = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None])).astype(np.complex64).reshape(-1, 24)  # (H * W, 24)
+    turned = (strength * np.exp(-1j * time * (flow @ wave))).astype(np.complex64)  # (T, 3, 24)
+    video = (turned.real @ there.real.T - turned.imag @ there.imag.T).reshape(frames, 3, size, size)  # (T, 3, H, W)
+    video += rng.uniform(60, 195, (3, 1, 1)).astype(np.float32)
+
+    for _ in range(2):
+        kind, tone = SHAPES[rng.choice(list(SHAPES))], np.float32(COLOURS[colour] + rng.uniform(-40, 40, 3))[:, None, None]  # (3, 1, 1)
+        radius, heading, own = rng.uniform(0.15, 0.25) * size, rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.8) * size / 32
+        start, velocity = rng.uniform(0, size, 2), flow + own * np.array([math.cos(heading), math.sin(heading)])
+        x, y = (np.float32(start[axis]) + np.float32(velocity[axis]) * time for axis in (0, 1))  # (T, 1, 1)
+        field = 1.4 * size  # what leaves it at one side comes in at the other
+        dx = (place - x + field / 2) % field - field / 2  # (T, 1, W)
+        dy = (place[:, None] - y + field / 2) % field - field / 2  # (T, H, 1)
+        inside = np.clip(np.float32(0.5) - kind(dx / np.float32(radius), dy / np.float32(radius)) * np.float32(radius), 0, 1)[:, None]  # (T, 1, H, W), a soft edge one pixel wide
+        video += inside * (tone - video)
+    return video.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # (T, H, W, 3)
 
 
 def write_video(path, frames, fps, options=None):
@@ -606,18 +620,26 @@ def write_video(path, frames, fps, options=None):
         container.mux(stream.encode(None))
 
 
-def generate_videos(folder, per_class=80, held_out=20, frames=48, size=64, seed=0):
-    """Write labelled H.264 videos to folder/train and folder/val, one sub-folder a class, complete or not at all."""
+def generate_videos(folder, per_class=100, held_out=40, frames=48, size=64, seed=0):
+    """Write labelled H.264 videos to folder/train and folder/val, one sub-folder a motion, complete or not at all.
+
+    The lists folder/train_colours.csv and val_colours.csv name the same videos by their looks: another task.
+    """
     folder = Path(folder)
     if folder.is_dir():
         return
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     try:
         jobs = [(part, move, i) for part, count in (("train", per_class), ("val", held_out)) for i in range(count) for move in MOVES]
+        lists = {"train": [], "val": []}
         for part, move, i in tqdm(jobs, desc=f"writing videos to {folder}", unit="video"):
             (unfinished / part / move).mkdir(parents=True, exist_ok=True)
             rng = random(seed, ("train", "val").index(part), MOVES.index(move), i)
-            write_video(unfinished / part / move / f"{i:04d}.mp4", moving_shapes(rng, move, frames, size), fps=30, options={"crf": "18", "preset": "veryfast"})
+            colour, name = rng.choice(list(COLOURS)), f"{part}/{move}/{i:04d}.mp4"
+            write_video(unfinished / name, moving_shapes(rng, move, colour, frames, size), fps=30, options={"crf": "18", "preset": "veryfast"})
+            lists[part].append(f"{name},{colour}\n")
+        for part, lines in lists.items():
+            (unfinished / f"{part}_colours.csv").write_text("".join(lines))
         unfinished.rename(folder)
     except OSError as error:
         if folder.is_dir():  # another run was faster
@@ -1372,7 +1394,7 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=16, stride=2.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=800, batch_size=16, repeat=2, lr=0.128,
+DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=1500, batch_size=8, repeat=4, lr=0.384,
             warmup=0.1, clip=1.0)
 
 
