@@ -312,7 +312,7 @@ def find_videos(given, flag):
             unfinished = folder.with_name(folder.name + ".unfinished")  # complete or not at all
             unfinished.mkdir(parents=True, exist_ok=True)
             for i in tqdm(range(4), desc=f"writing videos to {folder}", unit="video"):
-                write_video(unfinished / f"{i}.mp4", kinetics_like(random(0, i)), fps=30)
+                write_video(unfinished / f"{i}.mp4", kinetics_like(random(0, i)), fps=30, options={"mbtree": "1"})  # libx264's defaults
             unfinished.rename(folder)
         return list_videos(given or folder)
     except InputError as error:

@@ -477,7 +477,7 @@ def released_arguments(weights, embed_shape):
     side = math.isqrt(places)
     if side * side != places:
         raise ValueError(f"pos_embed_spatial has {places} rows, which is not a square")
-    heads = {size["dim"]: size["heads"] for size in SIZES.values()}  # leave no trace in the weights
+    heads = {SIZES[size]["dim"]: SIZES[size]["heads"] for size in ("base", "large", "huge")}  # leave no trace in the weights
     arguments = dict(frames=len(weights["encoder.pos_time"]) * patch[0], height=side * patch[1], width=side * patch[2], channels=channels,
                      patch=tuple(patch), dim=dim, depth=len({name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}),
                      heads=heads.get(dim, max(1, dim // 64)), mlp_ratio=len(weights["encoder.blocks.0.mlp.0.bias"]) // dim)

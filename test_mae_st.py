@@ -236,6 +236,26 @@ def test_reconstruct_keeps_what_was_seen_and_fills_in_the_predictions(target, no
     assert_close((difference**2).mean() / 0.7, model(video, 0.7, noise).detach(), 1e-4, "loss from the picture")
 
 
+def test_positions_that_start_as_waves_are_sines_and_cosines_of_each_axis():
+    model = MaskedAutoencoder(frames=6, height=4, width=10, patch=(2, 2, 2), dim=32, depth=1, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=1, positions="waves")
+    for table, dim in ((model.encoder.positions(), 32), (model.decoder_pos[1:], 16)):
+        expected = torch.zeros(3, 2, 5, dim)
+        for place in np.ndindex(3, 2, 5):
+            at = 0
+            for axis, length in enumerate((3, 2, 5)):
+                pairs = dim // 8 if axis == 0 else 3 * dim // 16
+                for i in range(pairs):
+                    period = 2 * length ** (1 - i / (pairs - 1) if pairs > 1 else 1)
+                    phase = 2 * math.pi * (place[axis] + 0.5) / period
+                    expected[place][at + i], expected[place][at + pairs + i] = math.sin(phase), math.cos(phase)
+                at += 2 * pairs
+        assert_close(table.view(3, 2, 5, dim), expected, 1e-5, f"positions of width {dim}")
+    with pytest.raises(ValueError, match="24"):
+        mae_st.Encoder(dim=24, heads=2, positions="waves")
+    normal = mae_st.Encoder(dim=64, heads=2)
+    assert 0.015 < normal.pos_space.std() < 0.025
+
+
 def test_features_are_the_encoder_over_all_tokens_with_the_class_token_apart():
     encoder = MaskedAutoencoder(**SMALL).encoder
     video = torch.randn(2, 3, 4, 12, 20)
@@ -739,9 +759,27 @@ def test_a_long_list_is_one_block_of_bytes():
     assert isinstance(videos.block, bytes) and videos.ends.dtype == np.int64
 
 
+@pytest.mark.parametrize("move", train.MOVES)
+def test_a_generated_scene_moves_as_its_class_says(move):
+    """Least squares for the velocity from what changes where the picture is sloped (Lucas and Kanade); shapes have steep edges and are left out."""
+    angle, velocities = train.MOVES.index(move) * math.pi / 4, []
+    for seed, colour in enumerate(train.COLOURS):
+        video = train.moving_shapes(np.random.default_rng(seed), move, colour, 12, 64).astype(float).mean(-1)  # (T, H, W)
+        middle, change = (video[1:] + video[:-1]) / 2, np.diff(video, axis=0)
+        down, across = np.gradient(middle, axis=(1, 2))
+        smooth = (np.hypot(down, across) < 20) & (abs(change) < 30)
+        (x, y), *_ = np.linalg.lstsq(np.stack([across[smooth], down[smooth]], 1), -change[smooth], rcond=None)
+        velocities.append((x, -y))  # pixels a frame, y upwards
+        turned = (math.atan2(-y, x) - angle + math.pi) % (2 * math.pi) - math.pi
+        assert abs(turned) < math.radians(22.5) and 0.6 < math.hypot(x, y) < 2.2, velocities
+
+
 def test_generated_videos_are_the_same_files_every_time(tmp_path):
     for name in ("a", "b"):
         train.generate_videos(tmp_path / name, per_class=1, held_out=1, frames=8, size=32)
+    for part in ("train", "val"):
+        by_looks = train.list_videos(tmp_path / "a" / f"{part}_colours.csv")
+        assert {by_looks[i] for i in range(8)} == {str(path) for path in (tmp_path / "a" / part).rglob("*.mp4")} and set(by_looks.labels) <= train.COLOURS.keys()
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.mp4"))
     assert len(files) == 16
     for file in files:
@@ -1030,6 +1068,14 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_vide
     for out in ("stopped", "whole"):
         assert train.main(arguments(some_videos, tmp_path / out, "--steps", "150", "--save-every", "1000")) == 0
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "stopped" / "last.pt")
+
+
+def test_after_the_last_step_a_signal_ends_the_run_at_once(some_videos, tmp_path):
+    asks = "import os, signal, train\ntrain.Pretraining.conclude = lambda self: os.kill(os.getpid(), signal.%s) or print('still here')\nraise SystemExit(train.main(%r))"
+    for name in ("SIGTERM", "SIGINT"):
+        said = run_script("-c", asks % (name, arguments(some_videos, tmp_path / name, "--steps", "1")), check=128 + getattr(signal, name))
+        assert f"stopped by {name}; the steps are done and saved" in said.stdout + said.stderr and "still here" not in said.stdout
+        assert tensors(tmp_path / name / "last.pt")
 
 
 def kill_until_done(command, seconds, rng, kills):

@@ -583,7 +583,7 @@ def moving_shapes(rng, move, colour, frames, size):
     """
     angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.5, 1.0) * size / 32  # pixels per frame
     flow = speed * np.array([math.cos(angle), -math.sin(angle)])  # x, y
-    time, place = np.arange(frames, dtype=np.float32)[:, None, None], np.arange(size, dtype=np.float32) + 0.5
+    time, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
 
     # The texture: plane waves a quarter to one and a half pictures long, the longer the stronger, as in natural pictures.
     # Where the scene has moved by d, the phase of a wave has turned by wave * d.
@@ -591,10 +591,11 @@ def moving_shapes(rng, move, colour, frames, size):
     wave = 2 * math.pi / length * np.array([np.cos(way), np.sin(way)])  # (2, 24), in x and y
     strength = rng.normal(1, 0.5, (3, 24)) * np.exp(2j * math.pi * rng.random(24)) * length  # grey with a tint
     strength *= 45 * math.sqrt(2) / np.sqrt((abs(strength) ** 2).sum(1, keepdims=True))  # a spread of 45 in every channel
-    there = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None])).astype(np.complex64).reshape(-1, 24)  # (H * W, 24)
-    turned = (strength * np.exp(-1j * time * (flow @ wave))).astype(np.complex64)  # (T, 3, 24)
+    there = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None])).reshape(-1, 24)  # (H * W, 24)
+    turned = strength * np.exp(-1j * time * (flow @ wave))  # (T, 3, 24)
     video = (turned.real @ there.real.T - turned.imag @ there.imag.T).reshape(frames, 3, size, size)  # (T, 3, H, W)
-    video += rng.uniform(60, 195, (3, 1, 1)).astype(np.float32)
+    video = (video + rng.uniform(60, 195, (3, 1, 1))).astype(np.float32)  # doubles until here: the same bytes whatever the order of the sums
+    time, place = time.astype(np.float32), place.astype(np.float32)
 
     for _ in range(2):
         kind, tone = SHAPES[rng.choice(list(SHAPES))], np.float32(COLOURS[colour] + rng.uniform(-40, 40, 3))[:, None, None]  # (3, 1, 1)
@@ -610,9 +611,9 @@ def moving_shapes(rng, move, colour, frames, size):
 
 
 def write_video(path, frames, fps, options=None):
-    """uint8 (T, H, W, 3) -> an H.264 file. One thread, so that the same frames always give the same bytes."""
+    """uint8 (T, H, W, 3) -> an H.264 file. The same frames give the same bytes: one thread, and no mbtree, whose result varies from run to run."""
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"threads": "1"} | (options or {}))
+        stream = container.add_stream("libx264", rate=fps, options={"threads": "1", "mbtree": "0"} | (options or {}))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -850,6 +851,16 @@ class StopRequest:
 
     def receive(self, number, _):
         self.signal = number
+
+    def release(self):
+        """The last step is saved: from here on a signal ends at once."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.leave)
+
+    def leave(self, number, _):
+        end_workers()
+        self.end(number, f"stopped by {signal.Signals(number).name}; the steps are done and saved, the same command goes on with what comes after them")
 
     def watch(self):
         first = None  # when the first SIGINT came
@@ -1107,6 +1118,7 @@ class Pretraining:
         if stop.signal:
             machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
             return 128 + stop.signal
+        stop.release()
         self.conclude()
         return 0
 
