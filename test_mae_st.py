@@ -986,6 +986,14 @@ def test_a_damaged_checkpoint_is_told_and_never_loaded(some_videos, tmp_path, ca
         train.main(arguments(some_videos, run, "--steps", "4"))
 
 
+def test_running_out_of_gpu_memory_is_one_line_that_says_what_to_change(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+    with pytest.raises(SystemExit) as ended:
+        train.run_script(main)
+    assert ended.value.code == 1 and re.fullmatch(r"error: out of GPU memory \(.*2.00 GiB.\); lower --batch-size .*\n", capsys.readouterr().err)
+
+
 def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path):
     held = train.hold_folder(tmp_path)
     worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])  # has the file open, like a data worker

@@ -1508,6 +1508,10 @@ def run_script(main):
         end_workers()
         print("stopped by SIGINT", file=sys.stderr)
         status = 130
+    except torch.OutOfMemoryError as error:
+        end_workers()
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}); lower --batch-size and raise --accum by as much, or add --checkpointing", file=sys.stderr)
+        status = 1
     except OSError as error:
         end_workers()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
