@@ -4,6 +4,7 @@
     python bench.py --flops --model huge         the arithmetic alone, at once
     python bench.py --loader my_videos           reading clips alone, beside the straightforward way
     python bench.py --end-to-end my_videos       computing, and loading + computing: Table 1 of the paper in full
+    python bench.py --profile 0.9                where the time of a step goes
     python bench.py --miniature lines.jsonl      the paper's findings in small, on generated videos; goes on where it stopped
 
 Tables go to stdout as Markdown, everything else to stderr.
@@ -15,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -244,6 +246,33 @@ def fit(row):
             torch.cuda.empty_cache()
 
 
+MATRIX = re.compile(r"gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated", re.IGNORECASE)  # in the name of a kernel, or of an operator
+
+
+def profile(args):
+    """--profile RATIO: where the time of a step goes: heading, columns and rows, the costliest first."""
+    machine, steps = start(args.device), 5
+    gpu, args.ratios = machine.device.type == "cuda", [args.profile]
+    args.model = args.model or ("large" if gpu else "small")
+    model, (_, line) = predict(args)
+    row = Row(Run(args, machine), line)
+    row.run.video = random_video(row.clips, args, machine.device)
+    fit(row)
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            row.step()
+        if gpu:
+            torch.cuda.synchronize()
+    found = [(event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total) for event in profiler.key_averages()
+             if not gpu or event.device_type == torch.autograd.DeviceType.CUDA]  # on a GPU its kernels, on a CPU torch's operators
+    total = sum(microseconds for _, _, microseconds in found)
+    rows = [dict(name=name[:60].replace("|", "/"), ms=microseconds / steps / 1e3, share=microseconds / total, calls=count / steps,
+                 matrix="yes" if MATRIX.search(name) else "") for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
+    others = sum(microseconds for name, _, microseconds in found if not MATRIX.search(name)) / total
+    return [f"{describe(args, model)} {line['name']} hidden, {row.clips} clips a step, {str(row.run.dtype or torch.float32).removeprefix('torch.')}, "
+            f"{'compiled' if row.run.compile else 'not compiled'}: {others:.0%} of the time is neither matrix product nor attention."], PROFILE, rows
+
+
 def random_video(clips, args, device):
     """uint8 (B, 3, T, H, W), in memory as the loader delivers it: a view of (B, T, H, W, 3)."""
     return torch.randint(256, (clips, args.frames, *args.size, 3), dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
@@ -434,7 +463,7 @@ SETTINGS = {
 COLOURS = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny --frames 8 --size 32 "
           "--patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 --layer-decay 1 --drop-path 0 --dropout 0 "
           "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
-PER_CLASS = {"mae": (3, 5, 10), "colours": (3, 5, 10), "scratch": (3, 5, 10)}  # labels to fine-tune with; 5 for the other settings
+STUDIED = "mae", "scratch", "colours"  # fine-tuned with 3, 5 and 10 labels of each class, the others with 5
 STARTS = {"mae": "MAE, 75 % hidden, agnostic, raw pixels, repeat 4", "colours": "supervised, colour of the shapes", "scratch": "from scratch"}
 
 
@@ -442,35 +471,43 @@ def miniature_chains(args):
     """The runs, as chains of dicts (setting, seed, labels, command): a pre-training, then what is fine-tuned from it."""
     more = f"{'' if args.jobs == 1 else ' --workers 0'}{f' --steps {args.steps}' if args.steps else ''}"
     for seed in range(args.seeds):
-        for setting in ("mae", "scratch", "colours", *list(SETTINGS)[1:]):
+        for setting in (*STUDIED, *list(SETTINGS)[1:]):
             out, tail = f"runs/miniature/{setting}-{seed}", f"{more} --seed {seed}"
             script = COLOURS if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
-            chain = [dict(setting=setting, seed=seed, labels=None, command=f"{script}{tail} --out {out}")] if script else []
+            chain = [dict(setting=setting, seed=seed, labels=None, steps=args.steps, command=f"{script}{tail} --out {out}")] if script else []
             start = f"--init {out}/last.pt --no-compare" if script else "--scratch"
-            chain += [dict(setting=setting, seed=seed, labels=8 * n, command=f"finetune.py {start} --per-class {n}{tail} --out {out}-{8 * n}")
-                      for n in PER_CLASS.get(setting, (5,))]
+            chain += [dict(setting=setting, seed=seed, labels=8 * n, steps=args.steps, command=f"finetune.py {start} --per-class {n}{tail} --out {out}-{8 * n}")
+                      for n in ((3, 5, 10) if setting in STUDIED else (5,))]
             yield chain
+
+
+def run_of(line):
+    """What a line of the file is about: runs that differ only in threads and folders are the same."""
+    return tuple(line.get(key) for key in ("setting", "labels", "seed", "steps"))
 
 
 def run_chain(chain, done, file, jobs, machine):
     """Run what is not done yet; each run that ends well appends its line."""
-    for line in chain:
-        if line["command"] in done:
+    for i, line in enumerate(chain):
+        command, out = line["command"].split(), Path(line["command"].split("--out ")[1])
+        needed = not (out / "last.pt").exists() and any(run_of(later) not in done for later in chain[i + 1:])
+        if run_of(line) in done and not (i == 0 and needed):
             continue
-        out = Path(line["command"].split("--out ")[1])
         out.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         with open(f"{out}.txt", "w") as said:
-            status = subprocess.run([sys.executable, str(Path(__file__).with_name(line["command"].split()[0])), *line["command"].split()[1:]], stdout=said,
-                                    stderr=subprocess.STDOUT, env=os.environ | ({} if jobs == 1 else {"OMP_NUM_THREADS": "1"})).returncode
+            status = subprocess.run([sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]], stdout=said, stderr=subprocess.STDOUT,
+                                    env=os.environ | ({} if jobs == 1 else {"OMP_NUM_THREADS": "1"})).returncode
         if status:
             raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. The same command goes on from here")
+        if run_of(line) in done:
+            continue
         rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
-        result = dict(loss=statistics.mean(row["loss"] for row in rows[-50:]), clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
+        line |= dict(loss=statistics.mean(row["loss"] for row in rows[-50:]), clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
         if (out / "predictions.jsonl").exists():
             places = [json.loads(row)["place"] for row in (out / "predictions.jsonl").read_text().splitlines()]
-            result |= dict(videos=len(places), top1=100 * places.count(0) / len(places))
-        line |= result | dict(seconds=time.perf_counter() - began, jobs=jobs, torch=torch.__version__, machine=machine)
+            line |= dict(videos=len(places), top1=100 * places.count(0) / len(places))
+        line |= dict(seconds=time.perf_counter() - began, jobs=jobs, torch=torch.__version__, machine=machine)
         with open(file, "a") as lines:
             lines.write(json.dumps(line) + "\n")
         print(f"{line['setting']}, {line['labels'] or 'no'} labels, seed {line['seed']}: loss {line['loss']:.4f}"
@@ -483,14 +520,15 @@ def miniature(args):
     args.jobs = args.jobs or (1 if machine.device.type == "cuda" else len(os.sched_getaffinity(0)))
     args.device = torch.cuda.get_device_name() if machine.device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     chains = list(miniature_chains(args))
-    wanted = {line["command"] for chain in chains for line in chain}
+    wanted = {run_of(line) for chain in chains for line in chain}
     try:
         done = [json.loads(line) for line in Path(file).read_text().splitlines()] if os.path.exists(file) else []
     except ValueError as error:
         raise InputError(f"--miniature {file}: a line is no JSON ({error}); take it out, and its run is done again") from error
-    done = {line["command"]: line for line in done}
-    generate_videos("data/moving_shapes")
-    print(f"{len(wanted)} runs, {len(wanted & done.keys())} of them in {file}; {args.jobs} at a time")
+    done = {run_of(line) for line in done}
+    print(f"{len(wanted)} runs, {len(wanted & done)} of them in {file}; {args.jobs} at a time")
+    if wanted - done:
+        generate_videos("data/moving_shapes")
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(run_chain, chain, done, file, args.jobs, args.device) for chain in chains]
         try:
@@ -499,9 +537,9 @@ def miniature(args):
         except BaseException:
             pool.shutdown(cancel_futures=True)  # waits for the runs under way; after Ctrl-C they save and end
             raise
-    lines = [line for line in map(json.loads, Path(file).read_text().splitlines()) if line["command"] in wanted]
-    return [f"Top-1 on {lines[-1].get('videos', 0)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. Speed: clips/s of pre-training."], \
-        MINIATURE, [summary(setting, lines) for setting in ("mae", "colours", "scratch", *list(SETTINGS)[1:])]
+    lines = [line for line in map(json.loads, Path(file).read_text().splitlines()) if run_of(line) in wanted]
+    return [f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. Speed: clips/s of pre-training."], \
+        MINIATURE, [summary(setting, lines) for setting in (*STUDIED, *list(SETTINGS)[1:])]
 
 
 def summary(setting, lines):
@@ -529,6 +567,7 @@ LOADED = {"load + compute, clips/s": "{load_compute_clips_per_s:.3g}", "load + c
           "waiting for data": "{data_wait:.0%}"}
 LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.1f}", "straightforward": "{straightforward_clips_per_s:.1f}",
            "ratio": "{ratio:.2f}x"}
+PROFILE = {"kernel": "{name}", "ms a step": "{ms:.3f}", "share": "{share:.1%}", "calls": "{calls:g}", "matrix": "{matrix}"}
 MINIATURE = {"pre-training": "{setting}", "24 labels": "{labels_24}", "40 labels": "{labels_40}", "80 labels": "{labels_80}", "speed": "{speed}"}
 
 
@@ -615,6 +654,7 @@ def parse_arguments(argv=None):
     what.add_argument("--flops", action="store_true", help="only the arithmetic")
     what.add_argument("--loader", metavar="FOLDER", nargs="?", const="", help="only reading clips; generated files without a folder")
     what.add_argument("--end-to-end", metavar="FOLDER", nargs="?", const="", help="also loading + computing; generated files without a folder")
+    what.add_argument("--profile", metavar="RATIO", type=float, nargs="?", const=0.9, help="where the time of a step goes, at this masking ratio (0.9)")
     what.add_argument("--miniature", metavar="FILE", help="the paper's findings in small; every run that ends adds its line to FILE")
     model = parser.add_argument_group("model and input")
     model.add_argument("--model", choices=SIZES, help="size (default: large, on a CPU small)")
@@ -649,8 +689,8 @@ def parse_arguments(argv=None):
 def complete(args):
     """Check what argparse cannot, and fill in what depends on other arguments."""
     args.ratios = sorted(set(args.ratios))
-    if args.chart and (args.loader is not None or args.miniature):
-        raise InputError("--chart draws speedup against masking ratio, of which --loader and --miniature have none; leave one of the two out")
+    if args.chart and (args.loader is not None or args.miniature or args.profile):
+        raise InputError("--chart draws speedup against masking ratio, of which --loader, --profile and --miniature have none; leave one of the two out")
     if args.flops:
         args.model = args.model or "large"
     args.repeat = args.repeat or (1 if args.loader is None and args.end_to_end is None else 4)
@@ -668,7 +708,7 @@ def main(argv=None):
     complete(args)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what train.py prints is no part of the table
-            heading, columns, rows = (flops(args) if args.flops else miniature(args) if args.miniature else
+            heading, columns, rows = (flops(args) if args.flops else miniature(args) if args.miniature else profile(args) if args.profile else
                                     speed(args) if args.loader is None else loading(args))
     except torch.OutOfMemoryError as error:
         raise InputError("out of memory while measuring; give a smaller --batch-size, --model or --size") from error

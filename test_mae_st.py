@@ -848,9 +848,9 @@ def assert_same_run(a, b, tolerance=0.0):
         assert_close(a[key], b[key], tolerance, key)
 
 
-def run_script(*command, check=0, timeout=120):
+def run_script(*command, check=0, timeout=120, cwd=HERE):
     """Run a script of this repository and look at its exit status; whatever happens, nothing of it stays behind."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -1778,3 +1778,74 @@ def test_bench_prints_a_table_and_writes_its_rows_and_a_chart(some_videos, tmp_p
         assert abs(row["measured_over_predicted"] * row["predicted_speedup"] / row["speedup"] - 1) < 1e-9
     drawn = ElementTree.parse(tmp_path / "chart.svg").iter("{http://www.w3.org/2000/svg}circle")
     assert len(list(drawn)) == 3 * 2  # predicted, compute, load + compute at two ratios
+
+
+def test_the_profile_lists_what_a_step_spends_its_time_on(capsys):
+    assert bench.main([*SPEED, "--profile", "0.75"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    shares = [float(row[2].rstrip("%")) for row in rows]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) < 101
+    assert {"aten::addmm": "yes", "aten::gelu": "", "aten::_fused_adamw_": ""}.items() <= {row[0]: row[4] for row in rows}.items()
+
+
+# ----------------------------------------------------------------------------------------------- the README
+
+
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch):
+    """A folder to run in, with so few generated videos that commands without --data take seconds."""
+    train.generate_videos(tmp_path / "data" / "moving_shapes", per_class=2, held_out=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "tube": "--strategy tube"})
+    monkeypatch.setattr(bench, "STUDIED", ("mae",))
+    command = "--miniature lines.jsonl --seeds 1 --steps 1 --jobs 2 --device cpu".split()
+    assert bench.main(command) == 0
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
+    assert sorted((line["setting"], line["labels"] or 0) for line in lines) == [("mae", 0), ("mae", 24), ("mae", 40), ("mae", 80), ("tube", 0), ("tube", 40)]
+    for line in lines:
+        out = Path(line["command"].split("--out ")[1])
+        assert (out / "last.pt").exists() and [row["loss"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row] == [line["loss"]]
+        if line["labels"]:
+            right = [row["label"] == next(iter(row["top5"])) for row in map(json.loads, (out / "predictions.jsonl").read_text().splitlines())]
+            assert line["videos"] == len(right) == 8 and line["top1"] == 100 * sum(right) / 8 and f" {line['top1']:.1f} |" in printed
+    Path("lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    assert bench.main(command) == 0
+    again = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
+    assert again[:-1] == lines[:-1] and {**again[-1], "seconds": 0} == {**lines[-1], "seconds": 0}
+    assert capsys.readouterr().out == printed
+    monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "no such ratio": "--mask-ratio 2"})
+    with pytest.raises(train.InputError, match="mask-ratio 2 .*\n.*status 1; runs/miniature/no such ratio-0.txt"):
+        bench.main(command)
+    Path("lines.jsonl").write_text("{")
+    with pytest.raises(train.InputError, match="no JSON"):
+        bench.main(command)
+
+
+def commands_of(text):
+    """What stands in blocks of code without a language, and in backquotes, and begins with one of our scripts."""
+    blocks = [line for block in re.findall(r"^```\n(.*?)^```", text, re.S | re.M) for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    for command in [part.strip() for line in [*blocks, *spans] for part in line.split("&&")]:
+        found = re.match(r"(?:python|torchrun(?: --\S+)*) (train|finetune|bench)\.py\b(.*)", command)
+        if found:
+            yield found[1], found[2].split()
+
+
+def test_every_command_in_the_readme_is_one_that_its_script_takes():
+    commands = list(commands_of((HERE / "README.md").read_text()))
+    assert len(commands) > 15 and {script for script, _ in commands} == {"train", "finetune", "bench"}
+    for script, given in commands:
+        {"train": train, "finetune": finetune, "bench": bench}[script].parse_arguments(given)
+
+
+def test_the_laptop_commands_of_the_readme_run(small_demo):
+    section = re.search(r"\n## What you can check on a laptop\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S)[1]
+    commands = [(script, given) for script, given in commands_of(section) if script != "bench"]
+    assert len(commands) >= 4
+    for script, given in commands:
+        run_script(HERE / f"{script}.py", *given, "--steps", "1", "--device", "cpu", cwd=small_demo)
