@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, mask_noise, normalise, small_normal, split_tokens, take
-from train import (BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, between, choose_precision, choose_workers,
+from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, choose_precision, choose_workers,
                    clip_batches, decay_groups, generate_videos, list_videos, numbers, positive, random, read_clips, run_script, shown_at, square, start,
                    to_device, update, whole, write_video)
 
@@ -246,7 +247,8 @@ def fit(row):
             torch.cuda.empty_cache()
 
 
-MATRIX = re.compile(r"gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated", re.IGNORECASE)  # in the name of a kernel, or of an operator
+# Names of kernels, or of operators. Inductor's fused kernels carry the names of what they stand beside.
+MATRIX = re.compile(r"^triton_tem_|^(?!triton_).*(gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated)", re.IGNORECASE)
 
 
 def profile(args):
@@ -264,7 +266,7 @@ def profile(args):
         if gpu:
             torch.cuda.synchronize()
     found = [(event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total) for event in profiler.key_averages()
-             if not gpu or event.device_type == torch.autograd.DeviceType.CUDA]  # on a GPU its kernels, on a CPU torch's operators
+             if not gpu or event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]  # on a GPU its kernels, on a CPU operators
     total = sum(microseconds for _, _, microseconds in found)
     rows = [dict(name=name[:60].replace("|", "/"), ms=microseconds / steps / 1e3, share=microseconds / total, calls=count / steps,
                  matrix="yes" if MATRIX.search(name) else "") for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
@@ -460,25 +462,26 @@ SETTINGS = {
     "repeat-1": "--repeat 1 --batch-size 32 --lr 0.096", "repeat-2": "--repeat 2 --batch-size 16 --lr 0.192",  # as many clips at the same rate
 }
 # Another task on the same videos, told by looks: the colour of the shapes. As many clips as pre-training sees.
-COLOURS = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny --frames 8 --size 32 "
-          "--patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 --layer-decay 1 --drop-path 0 --dropout 0 "
-          "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
-STUDIED = "mae", "scratch", "colours"  # fine-tuned with 3, 5 and 10 labels of each class, the others with 5
-STARTS = {"mae": "MAE, 75 % hidden, agnostic, raw pixels, repeat 4", "colours": "supervised, colour of the shapes", "scratch": "from scratch"}
+SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny --frames 8 --size 32 "
+              "--patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 --layer-decay 1 --drop-path 0 --dropout 0 "
+              "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
+PER_CLASS = 3, 5, 10  # labels of each class to fine-tune with; for settings not in STUDIED the middle one
+STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}", "scratch": "none, from scratch",
+           "colours": "supervised: colour of the shapes"}
 
 
 def miniature_chains(args):
-    """The runs, as chains of dicts (setting, seed, labels, command): a pre-training, then what is fine-tuned from it."""
-    more = f"{'' if args.jobs == 1 else ' --workers 0'}{f' --steps {args.steps}' if args.steps else ''}"
+    """The runs, as chains of dicts (setting, seed, labels, steps, command): a pre-training, then what is fine-tuned from it."""
+    tail = ("" if args.device == "auto" else f" --device {args.device}") + ("" if args.jobs == 1 else " --workers 0")
+    tail, folder = tail + (f" --steps {args.steps}" if args.steps else ""), "runs/miniature" + (f"-{args.steps}-steps" if args.steps else "")
     for seed in range(args.seeds):
         for setting in (*STUDIED, *list(SETTINGS)[1:]):
-            out, tail = f"runs/miniature/{setting}-{seed}", f"{more} --seed {seed}"
-            script = COLOURS if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
-            chain = [dict(setting=setting, seed=seed, labels=None, steps=args.steps, command=f"{script}{tail} --out {out}")] if script else []
+            out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps)
+            script = SUPERVISED if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
+            chain = [line | dict(command=f"{script}{tail} --seed {seed} --out {out}")] if script else []
             start = f"--init {out}/last.pt --no-compare" if script else "--scratch"
-            chain += [dict(setting=setting, seed=seed, labels=8 * n, steps=args.steps, command=f"finetune.py {start} --per-class {n}{tail} --out {out}-{8 * n}")
-                      for n in ((3, 5, 10) if setting in STUDIED else (5,))]
-            yield chain
+            yield chain + [line | dict(labels=8 * n, command=f"finetune.py {start} --per-class {n}{tail} --seed {seed} --out {out}-{8 * n}")
+                           for n in (PER_CLASS if setting in STUDIED else PER_CLASS[1:2])]
 
 
 def run_of(line):
@@ -486,20 +489,21 @@ def run_of(line):
     return tuple(line.get(key) for key in ("setting", "labels", "seed", "steps"))
 
 
-def run_chain(chain, done, file, jobs, machine):
-    """Run what is not done yet; each run that ends well appends its line."""
+def run_chain(chain, done, args, stop):
+    """Run what is not done yet; each run that ends well appends its line. A pre-training that is needed again is run again:
+    where its folder still is, that takes seconds."""
     for i, line in enumerate(chain):
         command, out = line["command"].split(), Path(line["command"].split("--out ")[1])
-        needed = not (out / "last.pt").exists() and any(run_of(later) not in done for later in chain[i + 1:])
-        if run_of(line) in done and not (i == 0 and needed):
+        needed = line["labels"] is None and any(run_of(later) not in done for later in chain[i + 1:])
+        if stop.is_set() or run_of(line) in done and not needed:
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
+        resumed, began = (out / "last.pt").exists(), time.perf_counter()
         with open(f"{out}.txt", "w") as said:
             status = subprocess.run([sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]], stdout=said, stderr=subprocess.STDOUT,
-                                    env=os.environ | ({} if jobs == 1 else {"OMP_NUM_THREADS": "1"})).returncode
+                                    env=os.environ | ({} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"})).returncode
         if status:
-            raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. The same command goes on from here")
+            raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. What has ended well is kept")
         if run_of(line) in done:
             continue
         rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
@@ -507,50 +511,64 @@ def run_chain(chain, done, file, jobs, machine):
         if (out / "predictions.jsonl").exists():
             places = [json.loads(row)["place"] for row in (out / "predictions.jsonl").read_text().splitlines()]
             line |= dict(videos=len(places), top1=100 * places.count(0) / len(places))
-        line |= dict(seconds=time.perf_counter() - began, jobs=jobs, torch=torch.__version__, machine=machine)
-        with open(file, "a") as lines:
+        line |= dict(seconds=None if resumed else time.perf_counter() - began, jobs=args.jobs, torch=torch.__version__, machine=args.machine)
+        with open(args.miniature, "a") as lines:
             lines.write(json.dumps(line) + "\n")
         print(f"{line['setting']}, {line['labels'] or 'no'} labels, seed {line['seed']}: loss {line['loss']:.4f}"
-              + (f", top-1 {line['top1']:.1f} %" if "top1" in line else "") + f", {line['seconds']:.0f} s", flush=True)
+              + (f", top-1 {line['top1']:.1f} %" if "top1" in line else ""), flush=True)
+
+
+def read_lines(file):
+    """The lines of FILE, which is made if it is not there; its last line gets an end if it has none."""
+    try:
+        with open(file, "a+") as lines:
+            lines.seek(0)
+            text = lines.read()
+            if text and not text.endswith("\n"):
+                lines.write("\n")
+        return [json.loads(line) for line in text.splitlines()]
+    except OSError as error:
+        raise InputError(f"--miniature {file} cannot be written: {error.strerror}; give another file") from error
+    except ValueError as error:
+        raise InputError(f"--miniature {file}: a line is no JSON ({error}); take it out, and its run is done again") from error
 
 
 def miniature(args):
     """--miniature FILE: run what FILE has no line of yet, then heading, columns and rows: top-1 and its spread over the seeds."""
-    machine, file = start(args.device), args.miniature
-    args.jobs = args.jobs or (1 if machine.device.type == "cuda" else len(os.sched_getaffinity(0)))
-    args.device = torch.cuda.get_device_name() if machine.device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
-    chains = list(miniature_chains(args))
+    device, stop = start(args.device).device, threading.Event()
+    args.machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    args.jobs = args.jobs or (1 if device.type == "cuda" else available_cpus())
+    chains, done = list(miniature_chains(args)), {run_of(line) for line in read_lines(args.miniature)}
     wanted = {run_of(line) for chain in chains for line in chain}
-    try:
-        done = [json.loads(line) for line in Path(file).read_text().splitlines()] if os.path.exists(file) else []
-    except ValueError as error:
-        raise InputError(f"--miniature {file}: a line is no JSON ({error}); take it out, and its run is done again") from error
-    done = {run_of(line) for line in done}
-    print(f"{len(wanted)} runs, {len(wanted & done)} of them in {file}; {args.jobs} at a time")
+    print(f"{len(wanted)} runs, {len(wanted & done)} of them in {args.miniature}; {args.jobs} at a time")
     if wanted - done:
         generate_videos("data/moving_shapes")
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run_chain, chain, done, file, args.jobs, args.device) for chain in chains]
+        futures = [pool.submit(run_chain, chain, done, args, stop) for chain in chains]
         try:
             for future in as_completed(futures):
                 future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # waits for the runs under way; after Ctrl-C they save and end
+            stop.set()
+            print("waiting for the runs under way")  # after Ctrl-C they save and end
             raise
-    lines = [line for line in map(json.loads, Path(file).read_text().splitlines()) if run_of(line) in wanted]
-    return [f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. Speed: clips/s of pre-training."], \
-        MINIATURE, [summary(setting, lines) for setting in (*STUDIED, *list(SETTINGS)[1:])]
+    lines = [line for line in read_lines(args.miniature) if run_of(line) in wanted]
+    heading = (f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. "
+               f"Speed: clips/s of pre-training, loading included, relative to the first row.")
+    return [heading], {"pre-training": "{name}"} | {f"{8 * n} labels": f"{{labels_{8 * n}}}" for n in PER_CLASS} | {"speed": "{speed}"}, \
+        [summary(setting, lines) for setting in (*STUDIED, *list(SETTINGS)[1:])]
 
 
 def summary(setting, lines):
     """A row of the miniature's table, every cell as it is printed."""
-    row = dict(setting=STARTS.get(setting, SETTINGS.get(setting)))
-    for labels in (24, 40, 80):
+    row = dict(name=STUDIED.get(setting) or SETTINGS[setting])
+    for labels in (8 * n for n in PER_CLASS):
         found = [line["top1"] for line in lines if (line["setting"], line["labels"]) == (setting, labels)]
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         row[f"labels_{labels}"] = f"{statistics.mean(found):.1f}{spread}" if found else ""
-    speed, baseline = ([line["clips_per_s"] for line in lines if (line["setting"], line["labels"]) == (which, None)] for which in (setting, "mae"))
-    row["speed"] = f"{statistics.median(speed) / statistics.median(baseline):.2f}x" if speed and setting != "colours" else ""
+    rates = {which: [line["clips_per_s"] for line in lines if (line["setting"], line["labels"]) == (which, None)] for which in (setting, "mae")}
+    known = all(rates.values()) and setting in SETTINGS and len({(line["machine"], line["jobs"]) for line in lines}) == 1
+    row["speed"] = f"{statistics.median(rates[setting]) / statistics.median(rates['mae']):.2f}x" if known else ""
     return row
 
 
@@ -568,7 +586,6 @@ LOADED = {"load + compute, clips/s": "{load_compute_clips_per_s:.3g}", "load + c
 LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.1f}", "straightforward": "{straightforward_clips_per_s:.1f}",
            "ratio": "{ratio:.2f}x"}
 PROFILE = {"kernel": "{name}", "ms a step": "{ms:.3f}", "share": "{share:.1%}", "calls": "{calls:g}", "matrix": "{matrix}"}
-MINIATURE = {"pre-training": "{setting}", "24 labels": "{labels_24}", "40 labels": "{labels_40}", "80 labels": "{labels_80}", "speed": "{speed}"}
 
 
 def markdown(columns, rows):
@@ -689,7 +706,7 @@ def parse_arguments(argv=None):
 def complete(args):
     """Check what argparse cannot, and fill in what depends on other arguments."""
     args.ratios = sorted(set(args.ratios))
-    if args.chart and (args.loader is not None or args.miniature or args.profile):
+    if args.chart and (args.loader is not None or args.miniature or args.profile is not None):
         raise InputError("--chart draws speedup against masking ratio, of which --loader, --profile and --miniature have none; leave one of the two out")
     if args.flops:
         args.model = args.model or "large"
@@ -708,7 +725,7 @@ def main(argv=None):
     complete(args)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what train.py prints is no part of the table
-            heading, columns, rows = (flops(args) if args.flops else miniature(args) if args.miniature else profile(args) if args.profile else
+            heading, columns, rows = (flops(args) if args.flops else miniature(args) if args.miniature else profile(args) if args.profile is not None else
                                     speed(args) if args.loader is None else loading(args))
     except torch.OutOfMemoryError as error:
         raise InputError("out of memory while measuring; give a smaller --batch-size, --model or --size") from error

@@ -83,7 +83,7 @@ def mask_noise(strategy, batch, grid, generator=None, device=None):
                             up, and at least 2 tokens
     """
     t, h, w = grid
-    sides = [min(length, max(2, math.ceil(length / 4))) for length in grid]  # of a cube
+    sides = [max(2, math.ceil(length / 4)) for length in grid]  # of a cube
     shapes = {"agnostic": (t, h, w), "tube": (1, h, w), "frame": (t, 1, 1), "block": [math.ceil(length / side) for length, side in zip(grid, sides)]}
     if strategy not in shapes:
         raise ValueError(f"mask strategy {strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
@@ -276,6 +276,7 @@ class MaskedAutoencoder(nn.Module):
     target    "frame": the first frame of each patch (the paper's code: 16 x 16 x 3 numbers); "patch": all of it
     norm_pix  compare pixels after giving each target patch mean 0 and variance 1 (84.4 against 83.8 % in the paper's
               ablations); False compares them as they are
+    positions says how both tables start, see `position_tables`; the decoder's is joint all the same.
     The other arguments: `Encoder` for the frames, sizes, patch, dim, depth, heads, checkpointing.
     """
 

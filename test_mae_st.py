@@ -777,14 +777,34 @@ def test_a_generated_scene_moves_as_its_class_says(move):
 def test_generated_videos_are_the_same_files_every_time(tmp_path):
     for name in ("a", "b"):
         train.generate_videos(tmp_path / name, per_class=1, held_out=1, frames=8, size=32)
-    for part in ("train", "val"):
-        by_looks = train.list_videos(tmp_path / "a" / f"{part}_colours.csv")
-        assert {by_looks[i] for i in range(8)} == {str(path) for path in (tmp_path / "a" / part).rglob("*.mp4")} and set(by_looks.labels) <= train.COLOURS.keys()
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.mp4"))
     assert len(files) == 16
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+    for i in range(2):  # as long and as large as they are used: libx264's choices may differ there, and not in short ones
+        video = train.moving_shapes(np.random.default_rng(i), "up", "cyan", 48, 64)
+        for name in "vwxyz":
+            train.write_video(tmp_path / name, video, 30, {"crf": "18", "preset": "veryfast"})
+        assert len({(tmp_path / name).read_bytes() for name in "vwxyz"}) == 1
+    (tmp_path / "b" / "val_colours.csv").unlink()
+    with pytest.raises(train.InputError, match="holds other videos"):
+        train.generate_videos(tmp_path / "b")
+
+
+def test_the_second_list_of_the_generated_videos_names_the_colour_of_the_shapes(tmp_path):
+    """The colour of the list is the one that most pixels of the video come near to; shapes may be out of sight, and scenes coloured."""
+    train.generate_videos(tmp_path / "data", per_class=3, held_out=1, frames=16, size=48)
+    right = []
+    for part, count in (("train", 24), ("val", 8)):
+        by_looks = train.list_videos(tmp_path / "data" / f"{part}_colours.csv")
+        assert sorted(by_looks[i] for i in range(count)) == sorted(str(path) for path in (tmp_path / "data" / part).rglob("*.mp4"))
+        for i in range(count):
+            with av.open(by_looks[i]) as container:
+                pixels = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).reshape(-1, 3).astype(int)
+            near = {name: (abs(pixels - colour).max(1) < 50).sum() for name, colour in train.COLOURS.items()}
+            right.append(max(near, key=near.get) == by_looks.labels[i])
+    assert sum(right) >= 24, right
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -1079,10 +1099,11 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_vide
 
 
 def test_after_the_last_step_a_signal_ends_the_run_at_once(some_videos, tmp_path):
-    asks = "import os, signal, train\ntrain.Pretraining.conclude = lambda self: os.kill(os.getpid(), signal.%s) or print('still here')\nraise SystemExit(train.main(%r))"
+    """Also while Python is inside C code, here reading from a pipe into which nobody writes."""
+    script = "import os, signal, train\ntrain.Pretraining.conclude = lambda self: os.kill(os.getpid(), signal.%s) or os.read(os.pipe()[0], 1)\ntrain.main(%r)"
     for name in ("SIGTERM", "SIGINT"):
-        said = run_script("-c", asks % (name, arguments(some_videos, tmp_path / name, "--steps", "1")), check=128 + getattr(signal, name))
-        assert f"stopped by {name}; the steps are done and saved" in said.stdout + said.stderr and "still here" not in said.stdout
+        said = run_script("-c", script % (name, arguments(some_videos, tmp_path / name, "--steps", "1")), check=128 + getattr(signal, name))
+        assert f"stopped by {name}; the steps are done and saved" in said.stderr and "length: 1 steps" in said.stdout
         assert tensors(tmp_path / name / "last.pt")
 
 
@@ -1785,7 +1806,9 @@ def test_the_profile_lists_what_a_step_spends_its_time_on(capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     shares = [float(row[2].rstrip("%")) for row in rows]
     assert shares == sorted(shares, reverse=True) and 50 < sum(shares) < 101
-    assert {"aten::addmm": "yes", "aten::gelu": "", "aten::_fused_adamw_": ""}.items() <= {row[0]: row[4] for row in rows}.items()
+    assert {row[4] for row in rows if row[0] in ("aten::mm", "aten::addmm")} == {"yes"} and any(row[4] == "" for row in rows)
+    kernels = {"sm90_xmma_gemm_bf16": True, "nvjet_hsh_128x256": True, "triton_tem_fused_mm_0": True, "triton_poi_fused_flash_attention_add_3": False, "vectorized_add": False}
+    assert {name: bool(bench.MATRIX.search(name)) for name in kernels} == kernels
 
 
 # ----------------------------------------------------------------------------------------------- the README
@@ -1828,8 +1851,9 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
 
 def commands_of(text):
     """What stands in blocks of code without a language, and in backquotes, and begins with one of our scripts."""
-    blocks = [line for block in re.findall(r"^```\n(.*?)^```", text, re.S | re.M) for line in block.splitlines()]
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+    blocks = [line for language, block in fence.findall(text) if not language for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", fence.sub("", text))
     for command in [part.strip() for line in [*blocks, *spans] for part in line.split("&&")]:
         found = re.match(r"(?:python|torchrun(?: --\S+)*) (train|finetune|bench)\.py\b(.*)", command)
         if found:
@@ -1838,7 +1862,8 @@ def commands_of(text):
 
 def test_every_command_in_the_readme_is_one_that_its_script_takes():
     commands = list(commands_of((HERE / "README.md").read_text()))
-    assert len(commands) > 15 and {script for script, _ in commands} == {"train", "finetune", "bench"}
+    for script, flag in (("train", "large"), ("train", "--check-data"), ("bench", "--profile"), ("finetune", "my_videos"), ("finetune", "--probe")):
+        assert any(flag in given for name, given in commands if name == script), f"{script}.py ... {flag} was not found"
     for script, given in commands:
         {"train": train, "finetune": finetune, "bench": bench}[script].parse_arguments(given)
 

@@ -583,29 +583,30 @@ def moving_shapes(rng, move, colour, frames, size):
     """
     angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.5, 1.0) * size / 32  # pixels per frame
     flow = speed * np.array([math.cos(angle), -math.sin(angle)])  # x, y
-    time, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
+    t, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
 
     # The texture: plane waves a quarter to one and a half pictures long, the longer the stronger, as in natural pictures.
     # Where the scene has moved by d, the phase of a wave has turned by wave * d.
-    length, way = size * np.exp(rng.uniform(math.log(0.25), math.log(1.5), 24)), rng.uniform(0, 2 * math.pi, 24)
-    wave = 2 * math.pi / length * np.array([np.cos(way), np.sin(way)])  # (2, 24), in x and y
+    length, direction = size * np.exp(rng.uniform(math.log(0.25), math.log(1.5), 24)), rng.uniform(0, 2 * math.pi, 24)
+    wave = 2 * math.pi / length * np.array([np.cos(direction), np.sin(direction)])  # (2, 24), in x and y
     strength = rng.normal(1, 0.5, (3, 24)) * np.exp(2j * math.pi * rng.random(24)) * length  # grey with a tint
     strength *= 45 * math.sqrt(2) / np.sqrt((abs(strength) ** 2).sum(1, keepdims=True))  # a spread of 45 in every channel
-    there = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None])).reshape(-1, 24)  # (H * W, 24)
-    turned = strength * np.exp(-1j * time * (flow @ wave))  # (T, 3, 24)
-    video = (turned.real @ there.real.T - turned.imag @ there.imag.T).reshape(frames, 3, size, size)  # (T, 3, H, W)
+    at_pixel = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None])).reshape(-1, 24)  # (H * W, 24)
+    at_time = strength * np.exp(-1j * t * (flow @ wave))  # (T, 3, 24)
+    video = (at_time.real @ at_pixel.real.T - at_time.imag @ at_pixel.imag.T).reshape(frames, 3, size, size)  # (T, 3, H, W)
     video = (video + rng.uniform(60, 195, (3, 1, 1))).astype(np.float32)  # doubles until here: the same bytes whatever the order of the sums
-    time, place = time.astype(np.float32), place.astype(np.float32)
 
+    t, place = t.astype(np.float32), place.astype(np.float32)
     for _ in range(2):
         kind, tone = SHAPES[rng.choice(list(SHAPES))], np.float32(COLOURS[colour] + rng.uniform(-40, 40, 3))[:, None, None]  # (3, 1, 1)
-        radius, heading, own = rng.uniform(0.15, 0.25) * size, rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.8) * size / 32
-        start, velocity = rng.uniform(0, size, 2), flow + own * np.array([math.cos(heading), math.sin(heading)])
-        x, y = (np.float32(start[axis]) + np.float32(velocity[axis]) * time for axis in (0, 1))  # (T, 1, 1)
+        radius, heading, drift = rng.uniform(0.15, 0.25) * size, rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.8) * size / 32
+        start, velocity = rng.uniform(0, size, 2), flow + drift * np.array([math.cos(heading), math.sin(heading)])
+        x, y = (np.float32(start[axis]) + np.float32(velocity[axis]) * t for axis in (0, 1))  # (T, 1, 1)
         field = 1.4 * size  # what leaves it at one side comes in at the other
         dx = (place - x + field / 2) % field - field / 2  # (T, 1, W)
         dy = (place[:, None] - y + field / 2) % field - field / 2  # (T, H, 1)
-        inside = np.clip(np.float32(0.5) - kind(dx / np.float32(radius), dy / np.float32(radius)) * np.float32(radius), 0, 1)[:, None]  # (T, 1, H, W), a soft edge one pixel wide
+        radius = np.float32(radius)
+        inside = np.clip(np.float32(0.5) - kind(dx / radius, dy / radius) * radius, 0, 1)[:, None]  # (T, 1, H, W), a soft edge one pixel wide
         video += inside * (tone - video)
     return video.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # (T, H, W, 3)
 
@@ -628,6 +629,8 @@ def generate_videos(folder, per_class=100, held_out=40, frames=48, size=64, seed
     """
     folder = Path(folder)
     if folder.is_dir():
+        if not (folder / "val_colours.csv").exists():
+            raise InputError(f"{folder} holds other videos than this program writes; move it away, or give --data {folder}")
         return
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     try:
@@ -842,6 +845,7 @@ class StopRequest:
 
     def __init__(self, machine, patience=10.0):
         self.signal, self.machine, self.patience = 0, machine, patience  # s
+        self.done = False  # once the last step is saved, a signal ends at once
         self.arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup)
@@ -852,19 +856,12 @@ class StopRequest:
     def receive(self, number, _):
         self.signal = number
 
-    def release(self):
-        """The last step is saved: from here on a signal ends at once."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.leave)
-
-    def leave(self, number, _):
-        end_workers()
-        self.end(number, f"stopped by {signal.Signals(number).name}; the steps are done and saved, the same command goes on with what comes after them")
-
     def watch(self):
         first = None  # when the first SIGINT came
         while number := os.read(self.arrivals, 1)[0]:
+            if self.done and number in (signal.SIGINT, signal.SIGTERM):
+                sys.stdout.flush()
+                self.end(number, f"stopped by {signal.Signals(number).name}; the steps are done and saved, the same command goes on with what comes after them")
             if number == signal.SIGINT:
                 first = first or time.monotonic()
                 if time.monotonic() - first > 0.5:  # torchrun passes the same Ctrl-C on, at once
@@ -1115,10 +1112,10 @@ class Pretraining:
                 self.train(stop)
         self.batches = None  # ends the workers
         self.skipped.summary()
+        stop.done = self.step == self.steps
         if stop.signal:
             machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
             return 128 + stop.signal
-        stop.release()
         self.conclude()
         return 0
 
@@ -1510,7 +1507,8 @@ def run_script(main):
         status = 130
     except torch.OutOfMemoryError as error:
         end_workers()
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}); lower --batch-size and raise --accum by as much, or add --checkpointing", file=sys.stderr)
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum by as much, or "
+              "add --checkpointing; elsewhere choose a smaller --size", file=sys.stderr)
         status = 1
     except OSError as error:
         end_workers()
