@@ -1011,7 +1011,7 @@ def test_running_out_of_gpu_memory_is_one_line_that_says_what_to_change(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
     with pytest.raises(SystemExit) as ended:
         train.run_script(main)
-    assert ended.value.code == 1 and re.fullmatch(r"error: out of GPU memory \(.*2.00 GiB.\); lower --batch-size .*\n", capsys.readouterr().err)
+    assert ended.value.code == 1 and re.fullmatch(r"error: out of GPU memory \(.*2.00 GiB.\); in training lower --batch-size .*\n", capsys.readouterr().err)
 
 
 def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path):
@@ -1824,7 +1824,7 @@ def small_demo(tmp_path, monkeypatch):
 
 def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "tube": "--strategy tube"})
-    monkeypatch.setattr(bench, "STUDIED", ("mae",))
+    monkeypatch.setattr(bench, "STUDIED", {"mae": "MAE"})
     command = "--miniature lines.jsonl --seeds 1 --steps 1 --jobs 2 --device cpu".split()
     assert bench.main(command) == 0
     printed = capsys.readouterr().out
@@ -1841,12 +1841,37 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
     again = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
     assert again[:-1] == lines[:-1] and {**again[-1], "seconds": 0} == {**lines[-1], "seconds": 0}
     assert capsys.readouterr().out == printed
-    monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "no such ratio": "--mask-ratio 2"})
-    with pytest.raises(train.InputError, match="mask-ratio 2 .*\n.*status 1; runs/miniature/no such ratio-0.txt"):
+    monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "ratio-2": "--mask-ratio 2"})
+    with pytest.raises(train.InputError, match="--mask-ratio 2 .*\n.*status 1; runs/miniature-1-steps/ratio-2-0.txt"):
         bench.main(command)
+    assert "mask ratio 2.0 is out of range" in Path("runs/miniature-1-steps/ratio-2-0.txt").read_text()
     Path("lines.jsonl").write_text("{")
-    with pytest.raises(train.InputError, match="no JSON"):
-        bench.main(command)
+    for file, problem in (("lines.jsonl", "no JSON"), ("no such folder/lines.jsonl", "cannot be written"), ("runs", "cannot be written")):
+        with pytest.raises(train.InputError, match=problem):
+            bench.main(["--miniature", file, *command[2:]])
+
+
+def test_the_miniatures_table_has_the_mean_and_spread_over_the_seeds_and_the_ratio_of_the_median_rates():
+    common = dict(machine="CPU", jobs=2)
+    lines = [dict(setting="mae", labels=None, clips_per_s=rate, **common) for rate in (100, 300, 200)]
+    lines += [dict(setting="tube", labels=None, clips_per_s=rate, **common) for rate in (500, 90, 300)]
+    lines += [dict(setting="tube", labels=40, clips_per_s=1, top1=top1, **common) for top1 in (10.0, 20.0, 40.0)]
+    lines += [dict(setting="mae", labels=40, clips_per_s=1, top1=99.0, **common)]
+    row = bench.summary("tube", lines)
+    assert row == dict(name="--strategy tube", labels_24="", labels_40=f"{70 / 3:.1f} ± {math.sqrt(700 / 3):.1f}", labels_80="", speed="1.50x")
+    assert bench.summary("tube", [*lines, dict(setting="mae", labels=None, clips_per_s=1, machine="another", jobs=2)])["speed"] == ""
+
+
+def test_supervised_pretraining_in_the_miniature_has_the_demos_clips_and_recipe():
+    given = vars(finetune.parse_arguments(bench.SUPERVISED.split()[1:]))
+    for key in ("model", "frames", "stride", "size", "patch", "repeat"):
+        assert given[key] == train.DEMO[key], key
+    for key in finetune.DEMO.keys() - {"per_class", "steps", "save_every", "flip", "views"}:
+        assert given[key] == finetune.DEMO[key], key
+    assert given["steps"] * given["batch_size"] * given["repeat"] == train.DEMO["steps"] * train.DEMO["batch_size"] * train.DEMO["repeat"]
+    for flags in (bench.SETTINGS["repeat-1"], bench.SETTINGS["repeat-2"]):  # as many clips a step, at the same real rate
+        args = train.parse_arguments(flags.split())
+        assert args.batch_size * args.repeat == train.DEMO["batch_size"] * train.DEMO["repeat"] and args.lr * args.batch_size == train.DEMO["lr"] * train.DEMO["batch_size"]
 
 
 def commands_of(text):
