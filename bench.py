@@ -467,7 +467,7 @@ SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv
               "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
 PER_CLASS = 3, 5, 10  # labels of each class to fine-tune with; for settings not in STUDIED the middle one
 STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}", "scratch": "none, from scratch",
-           "colours": "supervised: colour of the shapes"}
+           "colours": "supervised: colour of the shapes", "ratio-0.5": "--mask-ratio 0.5"}
 
 
 def miniature_chains(args):
@@ -475,7 +475,7 @@ def miniature_chains(args):
     tail = ("" if args.device == "auto" else f" --device {args.device}") + ("" if args.jobs == 1 else " --workers 0")
     tail, folder = tail + (f" --steps {args.steps}" if args.steps else ""), "runs/miniature" + (f"-{args.steps}-steps" if args.steps else "")
     for seed in range(args.seeds):
-        for setting in (*STUDIED, *list(SETTINGS)[1:]):
+        for setting in STUDIED | SETTINGS:
             out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps)
             script = SUPERVISED if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
             chain = [line | dict(command=f"{script}{tail} --seed {seed} --out {out}")] if script else []
@@ -556,7 +556,7 @@ def miniature(args):
     heading = (f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. "
                f"Speed: clips/s of pre-training, loading included, relative to the first row.")
     return [heading], {"pre-training": "{name}"} | {f"{8 * n} labels": f"{{labels_{8 * n}}}" for n in PER_CLASS} | {"speed": "{speed}"}, \
-        [summary(setting, lines) for setting in (*STUDIED, *list(SETTINGS)[1:])]
+        [summary(setting, lines) for setting in STUDIED | SETTINGS]
 
 
 def summary(setting, lines):
