@@ -404,7 +404,7 @@ class Classifier(nn.Module):
 
 # base, large and huge are the paper's ViT-B, ViT-L and ViT-H and share its decoder, 512 wide and 4 deep. small is the
 # usual ViT-S with a decoder half as wide; tiny is made for small pictures on two CPU cores, and for tests: its positions
-# start as waves, which shortens the time in which a small model predicts nothing but average colours.
+# start as waves, so that near tokens look alike from the first step.
 SIZES = {
     "tiny": dict(dim=128, depth=2, heads=4, decoder_dim=64, decoder_depth=1, decoder_heads=2, positions="waves"),
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
