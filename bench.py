@@ -169,8 +169,11 @@ class Run:
         self.args, self.machine, self.device = args, machine, machine.device
         self.dtype, reason = choose_precision(args.amp, self.device)
         self.compile = self.device.type == "cuda" if args.compile is None else args.compile
-        machine.say(f"precision: {self.dtype or 'float32'} ({reason}); compile: {self.compile} "
-                    f"({'as asked' if args.compile is not None else 'the default: on a GPU, a CPU gains nothing'})")
+        compile_reason = "the default: on a GPU, a CPU gains nothing" if args.compile is None else "as asked"
+        # What was chosen stands in headings and in --json.
+        args.device = name_of(self.device) + ("" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads")
+        args.amp, args.compile = str(self.dtype or torch.float32).removeprefix("torch."), self.compile
+        machine.say(f"precision: {args.amp} ({reason}); compile: {self.compile} ({compile_reason})")
         torch.compiler.config.recompile_limit = 64  # every row, and every batch that was halved, is a version of one function
         torch.manual_seed(0)
         self.model = build(args, self.device)
@@ -271,8 +274,8 @@ def profile(args):
     rows = [dict(name=name[:60].replace("|", "/"), ms=microseconds / steps / 1e3, share=microseconds / total, calls=count / steps,
                  matrix="yes" if MATRIX.search(name) else "") for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
     others = sum(microseconds for name, _, microseconds in found if not MATRIX.search(name)) / total
-    return [f"{describe(args, model)} {line['name']} hidden, {row.clips} clips a step, {str(row.run.dtype or torch.float32).removeprefix('torch.')}, "
-            f"{'compiled' if row.run.compile else 'not compiled'}: {others:.0%} of the time is neither matrix product nor attention."], PROFILE, rows
+    return [f"{headline(args)} {describe(args, model)} {line['name']} hidden, {row.clips} clips a step: {others:.0%} of the time is neither matrix "
+            f"product nor attention."], PROFILE, rows
 
 
 def random_video(clips, args, device):
@@ -456,7 +459,7 @@ def with_loading(row, videos, workers):
 # The paper's findings in small, on the generated videos. What differs from `python train.py` without data, by the setting's name:
 SETTINGS = {
     "mae": "",
-    "ratio-0.5": "--mask-ratio 0.5", "ratio-0.9": "--mask-ratio 0.9", "ratio-0.95": "--mask-ratio 0.95",
+    "ratio-0.75": "--mask-ratio 0.75", "ratio-0.9": "--mask-ratio 0.9", "ratio-0.95": "--mask-ratio 0.95",
     "tube": "--strategy tube", "frame": "--strategy frame", "block": "--strategy block",
     "norm-pix": "--norm-pix",
     "repeat-1": "--repeat 1 --batch-size 32 --lr 0.096", "repeat-2": "--repeat 2 --batch-size 16 --lr 0.192",  # as many clips at the same rate
@@ -467,7 +470,7 @@ SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv
               "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
 PER_CLASS = 3, 5, 10  # labels of each class to fine-tune with; for settings not in STUDIED the middle one
 STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}", "scratch": "none, from scratch",
-           "colours": "supervised: colour of the shapes", "ratio-0.5": "--mask-ratio 0.5"}
+           "colours": "supervised: colour of the shapes"}
 
 
 def miniature_chains(args):
@@ -506,11 +509,11 @@ def run_chain(chain, done, args, stop):
             raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. What has ended well is kept")
         if run_of(line) in done:
             continue
-        rows = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
+        logged = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+        rows, results = [row for row in logged if "loss" in row], [row for row in logged if "views" in row]
         line |= dict(loss=statistics.mean(row["loss"] for row in rows[-50:]), clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
-        if (out / "predictions.jsonl").exists():
-            places = [json.loads(row)["place"] for row in (out / "predictions.jsonl").read_text().splitlines()]
-            line |= dict(videos=len(places), top1=100 * places.count(0) / len(places))
+        if results:
+            line |= dict(videos=results[-1]["videos"], top1=results[-1]["val_acc1"])
         line |= dict(seconds=None if resumed else time.perf_counter() - began, jobs=args.jobs, torch=torch.__version__, machine=args.machine)
         with open(args.miniature, "a") as lines:
             lines.write(json.dumps(line) + "\n")
@@ -536,7 +539,7 @@ def read_lines(file):
 def miniature(args):
     """--miniature FILE: run what FILE has no line of yet, then heading, columns and rows: top-1 and its spread over the seeds."""
     device, stop = start(args.device).device, threading.Event()
-    args.machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    args.machine = name_of(device)
     args.jobs = args.jobs or (1 if device.type == "cuda" else available_cpus())
     chains, done = list(miniature_chains(args)), {run_of(line) for line in read_lines(args.miniature)}
     wanted = {run_of(line) for chain in chains for line in chain}
@@ -622,6 +625,15 @@ def chart(rows):
 # -------------------------------------------------------------------------------------------------- the run
 
 
+def name_of(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def headline(args):
+    """What computes, and how, for a heading."""
+    return f"{args.device}; {args.amp}, {'compiled' if args.compile else 'not compiled'}, torch {torch.__version__}."
+
+
 def describe(args, model):
     """The model and its input, for a heading."""
     (frames, height, width), patch = model.encoder.video_size, "x".join(map(str, args.patch))
@@ -648,10 +660,8 @@ def speed(args):
     rows = [Row(run, line) for line in lines]
     product = measure(run, rows)
     table, columns = results(rows, product), ARITHMETIC | MEASURED | (MEMORY if gpu else {})
-    args.device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    args.amp, args.compile = str(run.dtype or torch.float32).removeprefix("torch."), run.compile
     heading = [
-        f"{args.device}; {args.amp}, {'compiled' if run.compile else 'not compiled'}, torch {torch.__version__}. {describe(args, model)}",
+        f"{headline(args)} {describe(args, model)}",
         f"A step is forward, backward, clipping and AdamW on random video. Batch: {f'{args.batch_size} videos' if args.batch_size else 'grows with the ratio'}, "
         f"clips from each: {args.repeat}. Times: median (least to most) of {args.rounds} rounds through all rows. TFLOP/s: a step counted as three forward passes; "
         f"a matrix product reaches {product:.3g}. Dense: the encoder sees a learned token for each hidden one."]

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, between, choose_precision, choose_workers, clip_batches,
+from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, choose_precision, choose_workers, clip_batches,
                    complete, count, data_errors_explained, demo_videos, learning_rate, list_videos, load_init, load_weights, make_folder, numbers, positive,
                    random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
 from train import DEMO as PRETRAINING_DEMO
@@ -437,9 +437,9 @@ def places(scores, labels):
 
 
 def accuracy(scores, labels):
-    """Top-1 and top-5 in per cent."""
+    """Top-1 and top-5 in per cent, and of how many videos."""
     place = places(scores, labels)
-    return dict(val_acc1=100 * float((place < 1).mean()), val_acc5=100 * float((place < 5).mean()))
+    return dict(val_acc1=100 * float((place < 1).mean()), val_acc5=100 * float((place < 5).mean()), videos=len(place))
 
 
 def write_predictions(out, scores, videos, labels, classes):
@@ -450,8 +450,8 @@ def write_predictions(out, scores, videos, labels, classes):
             file.write(json.dumps(dict(video=videos[i], label=classes[label], place=int(place), top5=best)) + "\n")
 
 
-def in_words(result, videos, views):
-    return f"top-1 {result['val_acc1']:.2f} %, top-5 {result['val_acc5']:.2f} % of {len(videos)} videos, {views[0]}x{views[1]} views each"
+def in_words(result, views):
+    return f"top-1 {result['val_acc1']:.2f} %, top-5 {result['val_acc5']:.2f} % of {result['videos']} videos, {views[0]}x{views[1]} views each"
 
 
 # -------------------------------------------------------------------------------------------------- the run
@@ -553,8 +553,8 @@ class Finetuning(Pretraining):
         first = self.machine.rank == 0
         if self.step % self.save_every == 0 or self.step == self.steps:
             result = accuracy(self.evaluate((1, 1), "validation"), self.val_labels)
-            self.log.write(step=self.step, epoch=self.step * self.batch / len(self.videos), **result)
-            self.machine.say(f"step {self.step}: {in_words(result, self.data.val, (1, 1))}")
+            self.log.write(step=self.step, epoch=self.step * self.batch / len(self.videos), views="1x1", **result)
+            self.machine.say(f"step {self.step}: {in_words(result, (1, 1))}")
             if result["val_acc1"] > self.best["val_acc1"]:
                 self.best = dict(val_acc1=result["val_acc1"], step=self.step)
                 if first:
@@ -567,7 +567,9 @@ class Finetuning(Pretraining):
         self.result = accuracy(scores, self.val_labels)
         if self.machine.rank == 0:
             write_predictions(self.out, scores, self.data.val, self.val_labels, self.data.classes)
-        self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.data.val, self.args.views)} (with one view the best was {self.best['val_acc1']:.2f} % "
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(as_line(dict(step=self.steps, epoch=self.steps * self.batch / len(self.videos), views="x".join(map(str, self.args.views)), **self.result)))
+        self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} (with one view the best was {self.best['val_acc1']:.2f} % "
                          f"after step {self.best['step']}: best.pt); {self.out}/last.pt, log.jsonl and predictions.jsonl")
 
 
@@ -600,7 +602,7 @@ def evaluate(args, machine, content):
     scores = for_each_video(softmax_scores(model), videos, args.views, args, machine, "evaluation")
     if machine.rank == 0:
         write_predictions(out, scores, videos, labels, classes)
-    machine.say(f"{in_words(accuracy(scores, labels), videos, args.views)}; {out}/predictions.jsonl")
+    machine.say(f"{in_words(accuracy(scores, labels), args.views)}; {out}/predictions.jsonl")
     return 0
 
 

@@ -1519,7 +1519,7 @@ def test_segments_give_one_frame_of_each_equal_part():
 def test_accuracy_counts_an_unreadable_video_as_wrong():
     scores = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [np.nan] * 3, [0.2, 0.5, 0.3]], np.float32)
     assert finetune.places(scores, [0, 1, 0, 2]).tolist()[:2] == [0, 2] and finetune.places(scores, [0, 1, 0, 2])[3] == 1
-    assert finetune.accuracy(scores, [0, 1, 0, 2]) == dict(val_acc1=25.0, val_acc5=75.0)
+    assert finetune.accuracy(scores, [0, 1, 0, 2]) == dict(val_acc1=25.0, val_acc5=75.0, videos=4)
 
 
 def test_labels_are_the_folders_names_or_the_lists_numbers_or_names():
@@ -1585,7 +1585,7 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_
     rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
     keep = lambda row: {key: row[key] for key in ("step", "loss", "lr", "grad_norm", "val_acc1", "val_acc5") if key in row}
     assert [keep(row) for row in rows[0]] == [keep(row) for row in rows[1]]
-    assert [row["step"] for row in rows[0] if "val_acc1" in row] == [2, 4] and [row["step"] for row in rows[0] if "loss" in row] == [1, 2, 3, 4]
+    assert [(row["step"], row["views"]) for row in rows[0] if "val_acc1" in row] == [(2, "1x1"), (4, "1x1"), (4, "2x3")] and [row["step"] for row in rows[0] if "loss" in row] == [1, 2, 3, 4]
     with pytest.raises(train.InputError, match="mixup 0.8 -> 0.0"):
         finetune.main(tuning(labelled, tmp_path / "whole", *more, "--mixup", 0))
 
@@ -1841,6 +1841,11 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
     again = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
     assert again[:-1] == lines[:-1] and {**again[-1], "seconds": 0} == {**lines[-1], "seconds": 0}
     assert capsys.readouterr().out == printed
+    shutil.rmtree("runs")  # without its folder a pre-training is done again, for the fine-tuning that needs it
+    Path("lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if (line["setting"], line["labels"]) != ("tube", 40)))
+    assert bench.main(command) == 0
+    assert sorted(os.listdir("runs/miniature-1-steps")) == ["tube-0", "tube-0-40", "tube-0-40.txt", "tube-0.txt"]
+    assert capsys.readouterr().out == printed
     monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "ratio-2": "--mask-ratio 2"})
     with pytest.raises(train.InputError, match="--mask-ratio 2 .*\n.*status 1; runs/miniature-1-steps/ratio-2-0.txt"):
         bench.main(command)
@@ -1895,7 +1900,11 @@ def test_every_command_in_the_readme_is_one_that_its_script_takes():
 
 def test_the_laptop_commands_of_the_readme_run(small_demo):
     section = re.search(r"\n## What you can check on a laptop\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S)[1]
-    commands = [(script, given) for script, given in commands_of(section) if script != "bench"]
-    assert len(commands) >= 4
+    commands = list(commands_of(section))
+    assert {script for script, _ in commands} == {"train", "finetune", "bench"} and len(commands) >= 8
+    (small_demo / "data" / "kinetics_like").symlink_to("moving_shapes/val")
     for script, given in commands:
-        run_script(HERE / f"{script}.py", *given, "--steps", "1", "--device", "cpu", cwd=small_demo)
+        if script != "bench":
+            run_script(HERE / f"{script}.py", *given, "--steps", "1", "--device", "cpu", cwd=small_demo)
+        elif "--miniature" not in given:  # which has a test of its own, above
+            assert bench.main([*given, *"--model tiny --size 32 --frames 4 --rounds 1 --device cpu".split()]) == 0

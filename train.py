@@ -971,8 +971,7 @@ class Log:
 
     def write(self, **row):
         if self.file:
-            row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-            self.file.write(json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n")
+            self.file.write(as_line(row))
 
     def row(self, **row):
         self.write(**row)
@@ -985,6 +984,12 @@ class Log:
         self.bar.close()
         if self.file:
             self.file.close()
+
+
+def as_line(row):
+    """A row of log.jsonl: what is not finite becomes null, as JSON has no word for it."""
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n"
 
 
 def is_row_before(line, step):
@@ -1403,7 +1408,7 @@ def square(text):
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.75, norm_pix=False, steps=1500, batch_size=8, repeat=4, lr=0.384,
+DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.5, norm_pix=False, steps=1500, batch_size=8, repeat=4, lr=0.384,
             warmup=0.1, clip=1.0)
 
 
