@@ -22,10 +22,14 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see train.py
+# Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
+from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, choose_precision, choose_workers,
+                   clip_batches, data_errors_explained, decay_groups, generate_videos, list_videos, numbers, positive, random, read_clips, run_script, shown_at,
+                   square, start, to_device, update, whole, write_video)
 
 import av
 import numpy as np
@@ -34,11 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import finetune
 from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, mask_noise, normalise, small_normal, split_tokens, take
-from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, choose_precision, choose_workers,
-                   clip_batches, decay_groups, generate_videos, list_videos, numbers, positive, random, read_clips, run_script, shown_at, square, start,
-                   to_device, update, whole, write_video)
-
 
 # ------------------------------------------------------------------------------------------- the arithmetic
 
@@ -251,7 +252,7 @@ def fit(row):
 
 
 # Names of kernels, or of operators. Inductor's fused kernels carry the names of what they stand beside.
-MATRIX = re.compile(r"^triton_tem_|^(?!triton_).*(gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated)", re.IGNORECASE)
+MATRIX = re.compile(r"^triton_tem_|^(?!triton_).*(gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated|cudnn::fusion|splitkreduce)", re.IGNORECASE)
 
 
 def profile(args):
@@ -271,6 +272,8 @@ def profile(args):
     found = [(event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total) for event in profiler.key_averages()
              if not gpu or event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]  # on a GPU its kernels, on a CPU operators
     total = sum(microseconds for _, _, microseconds in found)
+    if not total:
+        raise InputError("--profile: the profiler saw nothing run; on a GPU it needs CUPTI, and permission for it")
     rows = [dict(name=name[:60].replace("|", "/"), ms=microseconds / steps / 1e3, share=microseconds / total, calls=count / steps,
                  matrix="yes" if MATRIX.search(name) else "") for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
     others = sum(microseconds for name, _, microseconds in found if not MATRIX.search(name)) / total
@@ -366,7 +369,7 @@ def read_straightforwardly(path, clips, size):
         times, frames = zip(*((frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)))
     shown, out = np.array(times) - times[0], []  # (n,) s
     for clip in clips:
-        video = torch.from_numpy(np.stack([frames[i] for i in shown_at(clip.times(shown[-1]), shown)])).permute(0, 3, 1, 2)  # (T, 3, h, w)
+        video = torch.from_numpy(np.stack([frames[i] for i in shown_at(clip.times(shown), shown)])).permute(0, 3, 1, 2)  # (T, 3, h, w)
         height, width = video.shape[2:]
         (x, y, w, h), flip = clip.box(width, height)
         x, y, w, h = round(x * width), round(y * height), round(w * width), round(h * height)
@@ -388,10 +391,11 @@ def time_file(path, args):
 
 
 def loaded_batches(videos, args, noise, batch_size, steps, workers, device):
-    """That many batches of training clips, as train.py loads them, with a progress bar."""
+    """Yields that many batches of training clips, as train.py loads them, with a progress bar."""
     clips = VideoClips(videos, seed=0, repeat=args.repeat, frames=args.frames, stride=args.stride, size=args.size, noise=noise)
     batches = clip_batches(clips, StepSampler(range(steps), batch_size, 1, 0, 1), workers, device, timeout=300)
-    return tqdm(batches, desc=f"loading, {workers} worker(s)", unit="batch", total=steps, dynamic_ncols=True)
+    with data_errors_explained(lambda: [f"some of {len(videos)} videos"]):
+        yield from tqdm(batches, desc=f"loading, {workers} worker(s)", unit="batch", total=steps, dynamic_ncols=True)
 
 
 def time_workers(videos, args, workers, warm=8, counted=32):
@@ -441,7 +445,7 @@ def with_loading(row, videos, workers):
     skipped, end = Skipped(videos, run.machine), mark(run.device)
     for number, batch in enumerate(batches, start=1):
         skipped.note(batch)
-        video, noise = to_device(batch, run.device, copies)
+        video, noise = to_device(batch, ("video", "noise"), run.device, copies)
         begin = mark(run.device)
         run.step(row.loss_function, video, noise)
         idle = seconds(end, begin)  # waits for the step before, so that we are never more than one ahead of a GPU
@@ -475,11 +479,12 @@ STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnosti
 
 def miniature_chains(args):
     """The runs, as chains of dicts (setting, seed, labels, steps, command): a pre-training, then what is fine-tuned from it."""
+    demos = zlib.crc32(json.dumps([DEMO, finetune.DEMO]).encode())  # what the commands leave to the scripts
     tail = ("" if args.device == "auto" else f" --device {args.device}") + ("" if args.jobs == 1 else " --workers 0")
     tail, folder = tail + (f" --steps {args.steps}" if args.steps else ""), "runs/miniature" + (f"-{args.steps}-steps" if args.steps else "")
     for seed in range(args.seeds):
         for setting in STUDIED | SETTINGS:
-            out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps)
+            out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps, demos=demos)
             script = SUPERVISED if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
             chain = [line | dict(command=f"{script}{tail} --seed {seed} --out {out}")] if script else []
             start = f"--init {out}/last.pt --no-compare" if script else "--scratch"
@@ -488,8 +493,8 @@ def miniature_chains(args):
 
 
 def run_of(line):
-    """What a line of the file is about: runs that differ only in threads and folders are the same."""
-    return tuple(line.get(key) for key in ("setting", "labels", "seed", "steps"))
+    """What a line of the file is about: runs that differ only in threads and folders are the same; with other demos they are not."""
+    return tuple(line.get(key) for key in ("setting", "labels", "seed", "steps", "demos"))
 
 
 def run_chain(chain, done, args, stop):

@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+# Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
 from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, choose_precision, choose_workers, clip_batches,
-                   complete, count, data_errors_explained, demo_videos, learning_rate, list_videos, load_init, load_weights, make_folder, numbers, positive,
-                   random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
+                   complete, count, data_errors_explained, demo_videos, learning_rate, list_videos, load_init, load_weights, make_folder, numbers, of_all_processes,
+                   positive, random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
 from train import DEMO as PRETRAINING_DEMO
 
 import numpy as np
@@ -44,8 +45,8 @@ class SegmentClip(RandomClip):
         super().__init__(rng, frames, stride, area, flip)
         self.places = (np.arange(frames) + rng.random(frames)) / frames  # (T,)
 
-    def times(self, end):
-        return self.places * end
+    def times(self, seconds):
+        return seconds[(self.places * len(seconds)).astype(int)]
 
 
 KINDS = {"clip": RandomClip, "segments": SegmentClip}
@@ -58,11 +59,11 @@ class View:
         self.i, self.j, (self.K, self.S), self.size, self.sampling = i, j, views, size, sampling
         self.offsets = np.arange(frames) * stride / 30  # s
 
-    def times(self, end):
-        """(T,) seconds. Clip i starts at i * floor((frames - span) / (K - 1)), as in the paper's code, a frame being 1/30 s."""
+    def times(self, seconds):
+        """(T,), for frames that come up at seconds (n,). Clip i starts at i * floor((frames - span) / (K - 1)), as in the paper's code, a frame being 1/30 s."""
         if self.sampling == "segments":
-            return (np.arange(len(self.offsets)) + (self.i + 0.5) / self.K) / len(self.offsets) * end
-        room = max(0.0, end - self.offsets[-1]) * 30 + 1e-6
+            return seconds[((np.arange(len(self.offsets)) + (self.i + 0.5) / self.K) / len(self.offsets) * len(seconds)).astype(int)]
+        room = max(0.0, seconds[-1] - self.offsets[-1]) * 30 + 1e-6
         start = self.i * math.floor(room / (self.K - 1)) if self.K > 1 else math.floor(room / 2)
         return start / 30 + self.offsets
 
@@ -127,7 +128,9 @@ def equalize(x, m):
 
 def sharpness(x, m):
     n, C, T, H, W = x.shape
-    kernel = torch.tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device, dtype=x.dtype).view(1, 1, 3, 3) / 13
+    kernel = x.new_ones(1, 1, 3, 3)
+    kernel[..., 1, 1] = 5
+    kernel /= 13
     smooth = x.clone()
     smooth[..., 1:-1, 1:-1] = F.conv2d(x.reshape(-1, 1, H, W), kernel).view(n, C, T, H - 2, W - 2)  # the edge stays
     return blend(x, smooth, m)
@@ -150,7 +153,7 @@ def affine(x, a, b, c, d, e, f):
     """The output at (x, y) shows the input at (a x + b y + c, d x + e y + f), in pixels from the middle."""
     n, C, T, H, W = x.shape
     rows = [[a, b * (H / W), c * (2 / W)], [d * (W / H), e, f * (2 / H)]]  # half a side is 1
-    rows = [[torch.as_tensor(number, device=x.device, dtype=x.dtype).expand(n, 1, 1, 1, 1).flatten() for number in row] for row in rows]
+    rows = [[number.flatten() if torch.is_tensor(number) else x.new_full((n,), number) for number in row] for row in rows]  # each (n,)
     grid = F.affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), (n, C * T, H, W), align_corners=False)  # (n, H, W, 2)
     return F.grid_sample((x - GREY).flatten(1, 2), grid, align_corners=False).view(x.shape) + GREY
 
@@ -194,6 +197,7 @@ def rand_augment(video, drawn):
         for name in sorted({operation[0] for operation in layer if operation}):
             rows = [b for b, operation in enumerate(layer) if operation and operation[0] == name]
             m = torch.tensor([layer[b][1] for b in rows], dtype=torch.float32).to(video.device, non_blocking=True)
+            rows = torch.tensor(rows).to(video.device, non_blocking=True)  # with a list as the index a GPU would be waited for
             video[rows] = OPERATIONS[name](video[rows].float(), m.view(-1, 1, 1, 1, 1)).clamp(0, 255).round().byte()
 
 
@@ -257,6 +261,8 @@ class Labelled(NamedTuple):
 def labels_of(videos, where):
     if not videos.labels:
         raise InputError(f"{where}: the videos have no labels; sort them into one sub-folder a class, or give a list with 'path label' lines")
+    if None in videos.labels:
+        raise InputError(f"{where}: {videos[videos.labels.index(None)]} lies in no sub-folder, and others do; move it into its class, or away")
     return videos.labels
 
 
@@ -272,14 +278,17 @@ def find_classes(videos, where):
     return [str(number) for number in range(1 + max(map(int, names)))]
 
 
+def some(names):
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
 def label_numbers(videos, classes, where):
     """(n,) the class of each video, as a number."""
     number = {name: i for i, name in enumerate(classes)}
     names = [str(int(name)) if name.isdecimal() and name not in number else name for name in labels_of(videos, where)]  # 07 is 7
     unknown = sorted(set(names) - number.keys())
     if unknown:
-        some = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-        raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({some}); take its videos out, or train with it")
+        raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({some(classes)}); take its videos out, or train with it")
     return torch.tensor([number[name] for name in names])
 
 
@@ -405,7 +414,7 @@ def for_each_video(compute, videos, views, args, machine, title):
     with data_errors_explained(lambda: [videos[i] for i in group]), torch.inference_mode():
         for group in tqdm(groups, desc=title, unit="batch", disable=machine.rank > 0, leave=False, dynamic_ncols=True):
             batch = next(batches)
-            clips, _ = to_device(batch, machine.device, None, "index")
+            clips, = to_device(batch, ["video"], machine.device)  # (B * V, 3, T, H, W)
             with torch.autocast(machine.device.type, dtype, enabled=dtype is not None):
                 rows = compute(clips)  # (B * V, n)
             parts.append((group, rows.float().unflatten(0, (-1, V)).mean(1).cpu().numpy(), batch["bad"]))
@@ -415,15 +424,6 @@ def for_each_video(compute, videos, views, args, machine, title):
     out = np.concatenate([rows for _, rows, _ in parts])  # (videos, n)
     out[[i for _, _, bad in parts for i, _ in bad]] = np.nan
     return out
-
-
-def of_all_processes(items, machine):
-    """The lists of all processes, one after the other, on each of them."""
-    if machine.world == 1:
-        return items
-    lists = [None] * machine.world
-    dist.all_gather_object(lists, items)
-    return [item for one in lists for item in one]
 
 
 def softmax_scores(model):
@@ -513,7 +513,7 @@ class Finetuning(Pretraining):
     def describe_model(self):
         args, trained = self.args, sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         return (f"model: {args.model}, {count(self.model):.1f} M parameters, {trained:.3g} M trained{' from scratch' if args.scratch else ''}; "
-                f"{len(self.data.classes)} classes, {len(self.videos)} videos to train, {len(self.data.val)} to validate")
+                f"{len(self.data.classes)} classes ({some(self.data.classes)}), {len(self.videos)} videos to train, {len(self.data.val)} to validate")
 
     def rate(self, step):
         """Up and down a cosine as in pre-training, but from and to `end_lr` in place of 0."""
@@ -526,7 +526,7 @@ class Finetuning(Pretraining):
         args, classes = self.args, len(self.data.classes)
         batch = self.fetch(step, micro)
         batch["label"] = self.labels[batch["index"]].repeat_interleave(args.repeat)  # (B * R,)
-        video, labels = to_device(batch, self.device, self.copy_stream, "label")
+        video, labels = to_device(batch, ("video", "label"), self.device, self.copy_stream)
         rng = random(args.seed, MIX, step, micro, self.machine.rank)
         torch.manual_seed(int(rng.integers(2**62)))
         generators = [random(args.seed, AUGMENT, k, r) for k in self.sampler.samples(step, micro) for r in range(args.repeat)]
@@ -539,7 +539,8 @@ class Finetuning(Pretraining):
     def loss(self, model, video, targets):
         return F.cross_entropy(model(video).float(), targets)
 
-    def evaluate(self, views, title):
+    def score(self, views, title):
+        """Softmax scores of the validation videos: (videos, classes), NaN where unreadable."""
         if self.machine.world > 1:  # each process has its own running mean of the batch-norm
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -552,7 +553,7 @@ class Finetuning(Pretraining):
         """At a planned checkpoint the validation videos are looked at first, one view each; a signal does not wait for that."""
         first = self.machine.rank == 0
         if self.step % self.save_every == 0 or self.step == self.steps:
-            result = accuracy(self.evaluate((1, 1), "validation"), self.val_labels)
+            result = accuracy(self.score((1, 1), "validation"), self.val_labels)
             self.log.write(step=self.step, epoch=self.step * self.batch / len(self.videos), views="1x1", **result)
             self.machine.say(f"step {self.step}: {in_words(result, (1, 1))}")
             if result["val_acc1"] > self.best["val_acc1"]:
@@ -563,12 +564,14 @@ class Finetuning(Pretraining):
             save_checkpoint(self.out, self.state(), self.args.keep)
 
     def conclude(self):
-        scores = self.evaluate(self.args.views, "evaluation")
+        scores = self.score(self.args.views, "evaluation")
         self.result = accuracy(scores, self.val_labels)
         if self.machine.rank == 0:
             write_predictions(self.out, scores, self.data.val, self.val_labels, self.data.classes)
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(as_line(dict(step=self.steps, epoch=self.steps * self.batch / len(self.videos), views="x".join(map(str, self.args.views)), **self.result)))
+            line = as_line(dict(step=self.steps, epoch=self.steps * self.batch / len(self.videos), views="x".join(map(str, self.args.views)), **self.result))
+            with open(self.out / "log.jsonl", "r+") as log:
+                if line not in log.readlines():  # a finished run that is started again says the same again
+                    log.write(line)
         self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} (with one view the best was {self.best['val_acc1']:.2f} % "
                          f"after step {self.best['step']}: best.pt); {self.out}/last.pt, log.jsonl and predictions.jsonl")
 
@@ -617,21 +620,29 @@ def predict(args, machine, content):
     return 0
 
 
+def write_features(path, **arrays):
+    try:
+        with open(path, "wb") as file:  # to a name alone numpy would add .npz
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise InputError(f"--features {path} cannot be written: {error.strerror}; choose another file") from error
+
+
 def export_features(args, machine, content):
     """--features: what the head sees of every video, the mean over the views, with path, label and part (train or val)."""
-    data = find_videos(args, machine.say, content.get("classes"))
+    data, unfinished = find_videos(args, machine.say, content.get("classes")), Path(f"{args.features}.unfinished")
+    if machine.rank == 0:
+        write_features(unfinished)  # a try, before hours are spent
     _, model = build_classifier(args, content, len(data.classes))
     take_weights(model, content, args.init, True, machine.say)
     model = model.to(machine.device).eval()
     parts = [(name, videos) for name, videos in (("train", data.train), ("val", data.val)) if videos is not None]
     features = [for_each_video(model.pooled, videos, args.views, args, machine, f"features, {name}") for name, videos in parts]
     if machine.rank == 0:
-        try:
-            np.savez(args.features, features=np.concatenate(features), paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
-                     labels=np.concatenate([label_numbers(videos, data.classes, args.data) for _, videos in parts]), classes=np.array(data.classes),
-                     part=np.array([name for name, videos in parts for _ in range(len(videos))]))
-        except OSError as error:
-            raise InputError(f"--features {args.features} cannot be written: {error.strerror}; choose another file") from error
+        write_features(unfinished, features=np.concatenate(features), paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
+                       labels=np.concatenate([label_numbers(videos, data.classes, args.data) for _, videos in parts]), classes=np.array(data.classes),
+                       part=np.array([name for name, videos in parts for _ in range(len(videos))]))
+        unfinished.replace(args.features)
     machine.say(f"{args.features}: features of {sum(len(videos) for _, videos in parts)} videos, {model.head.in_features} numbers each; NaN where a video cannot be read")
     return 0
 
@@ -655,7 +666,9 @@ DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=
 
 def parse_arguments(argv=None):
     parser, data, method, recipe, run = shared_arguments(__doc__.split("\n\n")[0])
-    parser.epilog = "Where no default is shown: shape, stride and sampling come from the checkpoint, the rest from the paper's recipe for its size."
+    parser.epilog = ("Where no default is shown: shape, stride and sampling come from the checkpoint, the rest from the paper's recipe for its size. "
+                     + "; ".join(f"{size}: {', '.join(f'{key} {value:.3g}' for key, value in recipe.items())}" for size, recipe in RECIPE.items())
+                     + "; tiny and small: as base.")
     share = between(0, 1)
     data.add_argument("--val", help="videos to validate on, as --data (default: a fixed tenth of --data)")
     data.add_argument("--per-class", type=whole, help="train on so many videos of each class (default: all)")
@@ -680,12 +693,13 @@ def parse_arguments(argv=None):
     run.add_argument("--compare", action=argparse.BooleanOptionalAction, default=False, help="train from scratch too (default without --data)")
     run.add_argument("--eval", action="store_true", help="only evaluate --init")
     run.add_argument("--predict", metavar="VIDEO", help="only print the five likeliest classes of this video")
-    run.add_argument("--features", metavar="OUT.npz", help="only write pooled features, paths and labels of every video")
+    run.add_argument("--features", metavar="OUT.npz", help="only write pooled features, paths and labels of every labelled video")
     parser.set_defaults(**dict.fromkeys((*SHAPE, *RECIPE["base"])), clip=5.0)
     first = parser.parse_known_args(argv)[0]
     if first.data is None and first.val is None and first.predict is None:
-        parser.set_defaults(**DEMO, compare=not (first.scratch or first.probe))
-        parser.set_defaults(**{key: PRETRAINING_DEMO[key] for key in SHAPE if key in PRETRAINING_DEMO} if first.scratch else dict(init="runs/pretrain/last.pt"))
+        parser.set_defaults(**DEMO | (dict(steps=None) if first.epochs else {}), compare=not (first.scratch or first.probe))
+        trained = dict(init="runs/finetune/last.pt" if first.eval else "runs/pretrain/last.pt")
+        parser.set_defaults(**{key: PRETRAINING_DEMO[key] for key in SHAPE if key in PRETRAINING_DEMO} if first.scratch else trained)
     if first.probe:
         parser.set_defaults(**PROBE)
     return parser.parse_args(argv)

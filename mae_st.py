@@ -447,7 +447,7 @@ def from_released(content):
     mae_st's decoder is another one (it has its own class token) and is left out. One of ours comes back as it is.
     Raises ValueError when a tensor that the sizes are read from is missing.
     """
-    if "model_args" in content:
+    if "frames" in (content.get("model_args") or {}):
         return content
     released = content.get("model_state", content.get("model"))
     if not isinstance(released, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in released.values()):

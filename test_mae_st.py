@@ -6,6 +6,7 @@ numbers: thousands of clips, hundreds of damaged files, dozens of kills.
 import argparse
 import ast
 import contextlib
+import errno
 import json
 import math
 import os
@@ -572,7 +573,7 @@ def test_random_crops_stay_within_area_and_aspect_and_starts_within_the_video():
         (x, y, w, h), _ = clip.box(340, 256)
         assert 0 <= x and 0 <= y and x + w <= 1 + 1e-9 and y + h <= 1 + 1e-9
         assert 0.5 - 1e-9 <= w * h <= 1 and 3 / 4 - 1e-9 <= w * 340 / (h * 256) <= 4 / 3 + 1e-9
-        times = clip.times(10.0)
+        times = clip.times(np.arange(301) / 30)
         assert times[0] >= 0 and times[-1] <= 10 and np.allclose(np.diff(times), 4 / 30)
 
 
@@ -680,6 +681,20 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
     listed = train.list_videos(tmp_path / "list.csv")
     assert [listed[i] for i in range(len(listed))] == [folder[i] for i in range(len(folder))] == [str(tmp_path / "set" / name) for name in ("a/one.mp4", "a/x y.avi", "b/two.mp4")]
     assert listed.labels == folder.labels == ["a", "a", "b"]
+    for name in ("stray.mp4", "a/._one.mp4"):  # a video beside the class folders, and what macOS writes beside a video
+        (tmp_path / "set" / name).touch()
+    folder = train.list_videos(tmp_path / "set")
+    assert len(folder) == 4 and "1 x .mp4" in capsys.readouterr().out
+    with pytest.raises(train.InputError, match="stray.mp4 lies in no sub-folder"):
+        finetune.find_classes(folder, str(tmp_path / "set"))
+
+
+def test_the_checksum_of_a_list_stays_when_the_data_move():
+    names = "run/3.mp4", "walk/1.mp4", "run/9.mp4"  # the first and the last lie deeper together than all of them
+    for some in (names, names[:1], names[::2]):
+        here, there = (train.VideoList([f"{root}/{name}" for name in some]).checksum() for root in ("/a/data", "/mnt/b/data"))
+        assert here == there
+    assert train.VideoList([f"/a/{name}" for name in names]).checksum() != train.VideoList([f"/a/{name}" for name in names[::-1]]).checksum()
 
 
 def test_lists_in_any_shape_give_videos_or_one_clear_line(tmp_path):
@@ -725,6 +740,17 @@ def test_the_same_samples_give_the_same_bytes_with_any_number_of_workers_and_pro
     merged = [{key: torch.cat([r0[key], r1[key]]) for key in ("video", "noise", "index")} for r0, r1 in zip(*ranks)]
     assert same_batches(alone, merged)
     assert not torch.equal(alone[0]["video"][0], alone[0]["video"][1]), "the repeats of a video are different clips"
+
+
+def test_workers_are_a_share_of_the_cpus_within_reason(monkeypatch):
+    monkeypatch.setattr(train, "available_cpus", lambda: 192)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [train.choose_workers(*given)[0] for given in ((None, gpu, 8), (None, gpu, 1), (None, gpu, 500), (0, gpu, 8), (None, cpu, 1))] == [24, 32, 1, 0, 1]
+
+
+def test_an_error_in_a_data_worker_is_told_with_its_reason():
+    with pytest.raises(train.InputError, match="worker process 0.* ... RuntimeError: the reason Expected were a.mp4, b.mp4. Take"), train.data_errors_explained(lambda: ["a.mp4", "b.mp4"]):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\nRuntimeError: the reason")
 
 
 def test_every_pass_takes_every_video_once_in_a_new_order(some_videos):
@@ -974,6 +1000,9 @@ def test_check_data_names_the_bad_files(some_videos, tmp_path, capsys):
         assert f"{name}: " in out
     assert "good.mp4:" not in out
     assert train.main(["--check-data", "--data", str(some_videos), "--workers", "0", "--device", "cpu"]) == 0
+    (tmp_path / "odd").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "odd") + b"/\xff.mp4")).write_bytes(b"nothing")  # a name that is no text
+    assert "\\udcff.mp4: InvalidDataError" in run_script("train.py", "--check-data", "--data", tmp_path / "odd", "--device", "cpu", check=1).stdout
 
 
 # ------------------------------------------------------------------------------- what happens to long runs
@@ -1014,12 +1043,18 @@ def test_running_out_of_gpu_memory_is_one_line_that_says_what_to_change(capsys):
     assert ended.value.code == 1 and re.fullmatch(r"error: out of GPU memory \(.*2.00 GiB.\); in training lower --batch-size .*\n", capsys.readouterr().err)
 
 
-def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path):
+def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path, monkeypatch):
     held = train.hold_folder(tmp_path)
     worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])  # has the file open, like a data worker
     result = run_script("train.py", *arguments(some_videos, tmp_path, "--steps", "1"), check=1)
     assert "in use by another run" in result.stderr.splitlines()[-1]
     held.close()
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    with monkeypatch.context() as patch, pytest.raises(train.InputError, match="cannot be locked.*No locks available; choose"):
+        patch.setattr(train.fcntl, "lockf", without_locks)
+        train.hold_folder(tmp_path)
     run_script("train.py", *arguments(some_videos, tmp_path, "--steps", "1"))
     worker.communicate(b"\n")
 
@@ -1027,10 +1062,20 @@ def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, 
 def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_videos, tmp_path, capsys):
     demo, given = train.parse_arguments([]), train.parse_arguments(["--epochs", "200"])
     assert demo.steps == train.DEMO["steps"] and given.steps is None and given.epochs == 200 and given.model == "tiny"
+    assert finetune.parse_arguments([]).steps == finetune.DEMO["steps"] and finetune.parse_arguments(["--epochs=5"]).steps is None
+    for script, words in ((train, ["passes over the list.*default: 200", "everything random.*default: 0"]), (finetune, ["large: epochs 50, repeat 2, layer_decay 0.75"])):
+        with pytest.raises(SystemExit):
+            script.parse_arguments(["--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert all(re.search(word, printed) for word in words)
     train.main(arguments(some_videos, tmp_path / "run", "--steps", "2"))
     for more, words in (([], "75% hidden (agnostic)"), (["--mask-ratio", "0.5", "--strategy", "tube"], "50% hidden (tube)")):
         train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--device", "cpu", *more])
         assert words in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "show").iterdir()) == ["reconstruction.mp4", "reconstruction.png"]
+    for ratio in ("0", "1", "nan"):
+        with pytest.raises(train.InputError, match=f"--mask-ratio: mask ratio {float(ratio)}"):
+            train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--mask-ratio", ratio])
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
@@ -1038,6 +1083,12 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
         torch.save(content, tmp_path / "last.pt")
         with pytest.raises(train.InputError, match="no checkpoint"):
             train.load_init(tmp_path / "last.pt")
+    np.savez(tmp_path / "features.npz", np.zeros(3))
+    with pytest.raises(train.InputError, match="features.npz is no checkpoint"):
+        train.load_init(tmp_path / "features.npz")
+    torch.save(dict(model=dict(wte=torch.zeros(3)), model_args=dict(n_layer=12)), tmp_path / "last.pt")  # of another project
+    with pytest.raises(train.InputError, match="patch_embed.proj.weight has shape"):
+        train.load_init(tmp_path / "last.pt")
 
 
 class Mischief:
@@ -1499,7 +1550,7 @@ def test_views_lie_where_the_formula_says():
             for frames, span in ((300, 60), (61, 60), (30, 60), (100, 60)):  # at 30 frames a second; 16 frames, stride 4: the last is 60 after the first
                 room = max(0, frames - 1 - span)
                 start = i * math.floor(room / (K - 1)) if K > 1 else room // 2
-                times = finetune.View(i, 0, (K, S), 16, 4, (224, 224), "clip").times((frames - 1) / 30)
+                times = finetune.View(i, 0, (K, S), 16, 4, (224, 224), "clip").times(np.arange(frames) / 30)
                 assert_close(times * 30, start + 4 * np.arange(16), 1e-9, f"clip {i} of {K} in {frames} frames")
         for j in range(S):
             for width, height, (H, W) in ((340, 256, (224, 224)), (256, 340, (224, 224)), (224, 224, (224, 224)), (320, 240, (96, 160))):
@@ -1510,10 +1561,12 @@ def test_views_lie_where_the_formula_says():
 
 
 def test_segments_give_one_frame_of_each_equal_part():
-    for seed in range(50):
-        times = finetune.SegmentClip(np.random.default_rng(seed), 8, 4, (0.5, 1), False).times(4.0)
-        assert all(i / 2 <= t <= (i + 1) / 2 for i, t in enumerate(times))
-    assert_close(finetune.View(0, 1, (1, 3), 8, 4, (16, 16), "segments").times(4.0), np.arange(8) / 2 + 0.25, 1e-9, "the middles")
+    seconds = np.arange(40) / 8 + np.sin(np.arange(40)) / 20  # an uneven rate; five frames to each of eight parts
+    drawn = [finetune.SegmentClip(np.random.default_rng(seed), 8, 4, (0.5, 1), False).times(seconds) for seed in range(200)]
+    for i in range(8):
+        assert {times[i] for times in drawn} == set(seconds[5 * i:5 * i + 5]), f"part {i}"
+    for k in range(5):
+        assert_close(finetune.View(k, 1, (5, 3), 8, 4, (16, 16), "segments").times(seconds), seconds[k::5], 1e-9, f"view {k} of 5")
 
 
 def test_accuracy_counts_an_unreadable_video_as_wrong():
@@ -1582,6 +1635,7 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_
     a, b = (train.read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert a["best"] == b["best"] and a["classes"] == ["left", "right", "up"]
     assert predictions(tmp_path / "whole") == predictions(tmp_path / "parts")
+    assert finetune.main(tuning(labelled, tmp_path / "whole", *more)) == 0  # finished: says the same again, and adds nothing
     rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
     keep = lambda row: {key: row[key] for key in ("step", "loss", "lr", "grad_norm", "val_acc1", "val_acc5") if key in row}
     assert [keep(row) for row in rows[0]] == [keep(row) for row in rows[1]]
@@ -1620,8 +1674,8 @@ def test_the_probe_is_a_linear_model_on_the_exported_features(labelled, tmp_path
     before = train.read_checkpoint(labelled / "pretrain" / "last.pt")["model"]
     weights = content["model"]
     assert all(torch.equal(weights[name], before[name]) for name in weights if name.startswith("encoder."))
-    assert finetune.main(["--features", str(tmp_path / "features.npz"), *tuning(labelled, tmp_path / "none", "--views", "1x1")]) == 0
-    stored = np.load(tmp_path / "features.npz")
+    assert finetune.main(["--features", str(tmp_path / "features"), *tuning(labelled, tmp_path / "none", "--views", "1x1")]) == 0
+    stored = np.load(tmp_path / "features")
     val = stored["part"] == "val"
     assert val.sum() == 7 and (~val).sum() == 15 and list(stored["classes"]) == ["left", "right", "up"]
     for path, label in zip(stored["paths"], stored["labels"]):
@@ -1667,7 +1721,7 @@ def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path):
              (["--views", "7"], "7x3"), (["--views", "ax3"], "7x3"), (["--views", "0x3"], "7x3"), (["--model", "base"], "--model base.*has tiny"),
              (["--patch", "2x4x4"], "patch"), (["--size", "20"], "height 20"), (["--init", str(tmp_path / "strange.pt")], "patch_embed"),
              (["--init", str(tmp_path / "stranger.pt")], "no tensors"), (["--init", "gone.pt"], "gone.pt"), (["--eval"], "has no head"), (["--predict", "x.mp4"], "has no head"),
-             (["--mixup", "-1"], "not a number"), (["--layer-decay", "2"], "not a number")]
+             (["--features", "gone/f.npz"], "--features gone/f.npz.* cannot be written"), (["--mixup", "-1"], "not a number"), (["--layer-decay", "2"], "not a number")]
     for change, pattern in cases:
         with pytest.raises(train.InputError) as caught:
             finetune.main(tuning(labelled, tmp_path / "out", "--steps", 2, "--workers", 0, *change))
@@ -1854,6 +1908,15 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
     for file, problem in (("lines.jsonl", "no JSON"), ("no such folder/lines.jsonl", "cannot be written"), ("runs", "cannot be written")):
         with pytest.raises(train.InputError, match=problem):
             bench.main(["--miniature", file, *command[2:]])
+
+
+def test_runs_of_the_miniature_with_other_settings_of_the_demos_are_other_runs(monkeypatch):
+    args = bench.parse_arguments(["--miniature", "lines.jsonl", "--jobs", "2"])
+    runs = [{bench.run_of(line) for chain in bench.miniature_chains(args) for line in chain}]
+    for script, change in ((bench, dict(lr=1.0)), (finetune, dict(crop=0.3))):
+        monkeypatch.setattr(script, "DEMO", script.DEMO | change)
+        runs.append({bench.run_of(line) for chain in bench.miniature_chains(args) for line in chain})
+    assert len(runs[0]) == len(runs[1]) == len(runs[2]) == 87 and not runs[0] & runs[1] and not runs[1] & runs[2]
 
 
 def test_the_miniatures_table_has_the_mean_and_spread_over_the_seeds_and_the_ratio_of_the_median_rates():

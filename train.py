@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -160,10 +161,10 @@ def shown_at(times, seconds):
 
 
 def wanted_frames(clips, seconds):
-    """{frame number: {clip number: [places in the clip]}}. seconds (n,): when each frame is shown, counted from the first."""
+    """{frame number: {clip number: [places in the clip]}}. seconds (n,): when each frame comes up, counted from the first."""
     wanted = defaultdict(lambda: defaultdict(list))
     for number, clip in enumerate(clips):
-        for place, frame in enumerate(shown_at(clip.times(seconds[-1]), seconds)):
+        for place, frame in enumerate(shown_at(clip.times(seconds), seconds)):
             wanted[int(frame)][number].append(place)
     return wanted
 
@@ -245,8 +246,8 @@ class Renderer:
 def read_clips(path, clips, size):
     """Several clips of one video from one decode: uint8 (len(clips), T, H, W, 3).
 
-    A clip says when (`times(end)`, seconds of its T frames) and where (`box(width, height)`, the crop and the flip):
-    see `RandomClip`. size: (H, W). Raises BadVideo with the reason when the file does not give them.
+    A clip says when (`times(seconds)`, of its T frames) and where (`box(width, height)`, the crop and the flip): see
+    `RandomClip`. size: (H, W). Raises BadVideo with the reason when the file does not give them.
     """
     try:
         out = read_needed(path, clips, size)
@@ -255,9 +256,10 @@ def read_clips(path, clips, size):
         raise BadVideo(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def new_renderers(stream, clips, size):
+def prepare(stream, clips, size):
+    """A renderer per clip, and room for what they render: (R, T, H, W, 3)."""
     aspect = float(stream.sample_aspect_ratio or 0) or 1.0
-    return [Renderer(clip, size, aspect) for clip in clips], np.empty((len(clips), len(clips[0].times(0)), *size, 3), np.uint8)
+    return [Renderer(clip, size, aspect) for clip in clips], np.empty((len(clips), len(clips[0].times(np.zeros(1))), *size, 3), np.uint8)
 
 
 def render(frame, places, renderers, out):
@@ -280,7 +282,7 @@ def read_needed(path, clips, size):
             packets = (packet for packet in container.demux(stream) if packet.size)
         seconds = (np.array(table.shown) - table.shown[0]) * float(stream.time_base)  # (n,)
         wanted = {table.shown[frame]: places for frame, places in wanted_frames(clips, seconds).items()}
-        renderers, out = new_renderers(stream, clips, size)
+        renderers, out = prepare(stream, clips, size)
         try:
             for frame in decode_needed(stream.codec_context, packets, *needed_packets(table, wanted)):
                 if frame.pts in wanted and not frame.is_corrupt:
@@ -302,7 +304,7 @@ def read_plainly(path, clips, size):
             seconds = (np.array(pts) - pts[0]) * float(stream.time_base)
     wanted = wanted_frames(clips, seconds)
     with open_video(path) as (container, stream):
-        renderers, out = new_renderers(stream, clips, size)
+        renderers, out = prepare(stream, clips, size)
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 render(frame, wanted.pop(number), renderers, out)
@@ -324,9 +326,9 @@ class RandomClip:
         self.rng, self.area = rng, area
         self.offsets = np.arange(frames) * stride / 30  # s
 
-    def times(self, end):
-        """(T,) seconds: frame i is the one on the screen at start + i * stride / 30 s. end: when the last frame comes up."""
-        return self.start * max(0.0, end - self.offsets[-1]) + self.offsets
+    def times(self, seconds):
+        """(T,): frame i is the one on the screen at start + i * stride / 30 s. seconds (n,): when the file's frames come up."""
+        return self.start * max(0.0, seconds[-1] - self.offsets[-1]) + self.offsets
 
     def box(self, width, height):
         """((x, y, w, h) as shares of the width and height, flip): ten tries for a crop that fits, else the middle."""
@@ -351,12 +353,12 @@ class VideoList:
         encoded = [os.fsencode(path) for path in paths]
         self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self.block = b"".join(encoded)
-        self.labels = labels  # a string per video, or None
+        self.labels = labels  # a string per video, None for one without; or None for all
         self.classes = classes
 
     def checksum(self):
         """Of the paths, wherever the folder that holds them all lies."""
-        root = os.path.dirname(os.path.commonprefix([self[0], self[len(self) - 1]])) if len(self) > 1 else os.path.dirname(self[0])
+        root = os.path.dirname(os.path.commonprefix([self[i] for i in range(len(self))]))
         return zlib.crc32(self.block.replace(os.fsencode(root), b""))
 
     def __len__(self):
@@ -385,7 +387,7 @@ def videos_in_folder(folder, say):
         folders.sort()
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in VIDEO_SUFFIXES:
+            if suffix in VIDEO_SUFFIXES and not name.startswith("."):  # macOS puts ._clip.mp4 beside clip.mp4
                 inside = os.path.relpath(where, folder)
                 paths.append(os.path.join(where, name))
                 labels.append(None if inside == "." else inside.split(os.sep)[0])
@@ -395,7 +397,7 @@ def videos_in_folder(folder, say):
         say(f"not videos by their suffix, left out: {', '.join(f'{count} x {suffix}' for suffix, count in ignored.most_common(5))}")
     if not paths:
         raise InputError(f"--data {folder}: no video in this folder or below; looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
-    return VideoList(paths, labels if None not in labels else None)
+    return VideoList(paths, labels if any(labels) else None)
 
 
 def parse_line(line):
@@ -520,7 +522,7 @@ def choose_workers(asked, device, ranks_here):
     cpus = available_cpus()
     if device.type == "cpu":
         return 1, "the model computes on the same CPUs"
-    return max(1, cpus // ranks_here), f"{cpus} CPUs for {ranks_here} process(es) on this machine"
+    return max(1, min(32, cpus // ranks_here)), f"{cpus} CPUs for {ranks_here} process(es) on this machine, and at most 32: each holds two batches"
 
 
 def clip_batches(clips, sampler, workers, device, timeout):
@@ -537,7 +539,8 @@ def data_errors_explained(expected):
     except RuntimeError as error:  # raised by DataLoader, from its queue or from a signal handler
         if "DataLoader" not in str(error):
             raise
-        raise InputError(f"the data workers gave no batch: {str(error).splitlines()[0]} Expected were {', '.join(expected())}. "
+        first, *others = str(error).splitlines()
+        raise InputError(f"the data workers gave no batch: {' ... '.join([first, *others[-1:]])} Expected were {', '.join(expected())}. "
                          f"Take a bad file out, raise --data-timeout, or find it with --check-data") from error
 
 
@@ -548,15 +551,16 @@ def end_workers():
         worker.kill()
 
 
-def to_device(batch, device, copy_stream, second="noise"):
-    """Start copying a batch to the device beside the step that is running there; returns video (B * R, 3, T, H, W), noise."""
+def to_device(batch, keys, device, copy_stream=None):
+    """Start copying these tensors of a batch to the device, beside the step that is running there if there is a stream for
+    it. The first one, the video, is returned as a view (B * R, 3, T, H, W)."""
     with torch.cuda.stream(copy_stream) if copy_stream else contextlib.nullcontext():
-        video, noise = (batch[key].to(device, non_blocking=True) for key in ("video", second))
+        tensors = [batch[key].to(device, non_blocking=True) for key in keys]
     if copy_stream:
         torch.cuda.current_stream().wait_stream(copy_stream)
-        for tensor in (video, noise):
+        for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream())
-    return video.permute(0, 4, 1, 2, 3), noise
+    return [tensors[0].permute(0, 4, 1, 2, 3), *tensors[1:]]
 
 
 # ----------------------------------------------------------------------------------------- generated videos
@@ -727,9 +731,9 @@ def save_checkpoint(folder, content, keep, name="last"):
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        for older, newer in zip(reversed(names[1:]), reversed(names[:-1])):
-            if newer.exists():
-                newer.replace(older)
+        for age in range(keep - 1, 0, -1):  # the oldest first
+            if names[age - 1].exists():
+                names[age - 1].replace(names[age])
         unfinished.replace(names[0])
         descriptor = os.open(folder, os.O_DIRECTORY)  # the new names reach the disk too
         os.fsync(descriptor)
@@ -757,8 +761,10 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in the checkpoints of mae_st; holds plain values
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: it holds more than tensors and plain values, so loading it could run code") from error
+    except RuntimeError as error:
+        raise InputError(f"{path} is no checkpoint: {str(error).splitlines()[0]}; give one that train.py wrote") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}; give one that train.py wrote")
     return content
@@ -794,9 +800,9 @@ class Machine(NamedTuple):
     world: int
     ranks_here: int  # processes on this machine
 
-    def say(self, *words):
+    def say(self, text):
         if self.rank == 0:
-            tqdm.write(" ".join(str(word) for word in words))
+            tqdm.write(text)
 
 
 def start(device_name):
@@ -836,15 +842,25 @@ def choose_precision(asked, device):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[asked], "as asked"
 
 
+def of_all_processes(items, machine):
+    """The lists of all processes, one after the other, on each of them."""
+    if machine.world == 1:
+        return items
+    lists = [None] * machine.world
+    dist.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
+
+
 class StopRequest:
     """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once.
 
     Python does not hear of a signal while the main thread is inside C code, so a thread listens too: it lets a second
-    SIGINT through at any time, and ends a rank that waits in a collective for one that has died.
+    SIGINT through at any time, and ends a rank that waits in a collective for one that has died. On GPUs a rank also waits
+    so while the first one writes a large checkpoint, and that is given a minute.
     """
 
-    def __init__(self, machine, patience=10.0):
-        self.signal, self.machine, self.patience = 0, machine, patience  # s
+    def __init__(self, machine):
+        self.signal, self.machine, self.patience = 0, machine, 60.0 if machine.device.type == "cuda" else 10.0  # s
         self.done = False  # once the last step is saved, a signal ends at once
         self.arrivals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
@@ -945,11 +961,7 @@ class Skipped:
 
     def summary(self):
         """All ranks together: the list of everything that was skipped, on the first."""
-        everyone = [self.reasons]
-        if self.machine.world > 1:
-            everyone = [None] * self.machine.world
-            dist.all_gather_object(everyone, self.reasons)
-        reasons = {video: reason for one in everyone for video, reason in one.items()}
+        reasons = dict(of_all_processes(list(self.reasons.items()), self.machine))
         if reasons:
             self.machine.say(f"{len(reasons)} of {len(self.videos)} videos could not be read:")
             for video, reason in sorted(reasons.items()):
@@ -1023,9 +1035,8 @@ class Pretraining:
         self.model_args, self.model = self.make_model()
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.peak_lr, betas=self.BETAS, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step, self.preview, self.batches, self.batches_seen = 0, None, None, 0
+        self.step, self.preview, self.batches_seen = 0, None, 0
         self.clips = self.make_clips(args.repeat)
-        self.sampler = StepSampler(None, args.batch_size, args.accum, machine.rank, machine.world)
         self.skipped = Skipped(self.videos, machine)
 
     def find_videos(self):
@@ -1033,7 +1044,9 @@ class Pretraining:
 
     def make_model(self):
         model_args = model_arguments(self.args)
-        return model_args, build(model_args).to(self.device)
+        model = build(model_args).to(self.device)
+        self.seen, self.hidden = tokens_split(model, self.args.strategy, self.args.mask_ratio)
+        return model_args, model
 
     def parameter_groups(self):
         return decay_groups(self.model, self.args.weight_decay)
@@ -1096,7 +1109,7 @@ class Pretraining:
             save_checkpoint(self.out, self.state(), self.args.keep)
             if self.preview is None:
                 self.preview = collate([self.make_clips(1)[k] for k in range(4)])
-            video, noise = to_device(self.preview, self.device, None)
+            video, noise = to_device(self.preview, ("video", "noise"), self.device)
             write_pictures(self.out, self.model, video, self.args.mask_ratio, noise)
 
     # -- the loop
@@ -1110,12 +1123,12 @@ class Pretraining:
             self.begin()
         self.report()
         stop = StopRequest(machine)
-        self.sampler.steps = range(self.step, self.steps)
-        self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))  # workers start here
         if self.step < self.steps:
+            self.sampler = StepSampler(range(self.step, self.steps), args.batch_size, args.accum, machine.rank, machine.world)
+            self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))  # workers start here
             with data_errors_explained(lambda: self.names(self.expected)):
                 self.train(stop)
-        self.batches = None  # ends the workers
+            self.batches = None  # ends the workers
         self.skipped.summary()
         stop.done = self.step == self.steps
         if stop.signal:
@@ -1153,17 +1166,13 @@ class Pretraining:
         return sorted({self.videos[self.clips.video_of(k)] for k in samples})
 
     def describe_model(self):
-        args, model = self.args, self.model
-        try:
-            keep, hide = split_tokens(mask_noise(args.strategy, 1, model.encoder.grid), model.encoder.grid, args.mask_ratio)
-        except ValueError as error:
-            raise InputError(f"--mask-ratio: {error}") from error
-        tokens = keep.shape[1] + hide.shape[1]
-        return (f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {keep.shape[1]} of {tokens} tokens, "
-                f"{hide.shape[1] / tokens:.1%} hidden ({args.strategy})")
+        args, model, tokens = self.args, self.model, self.seen + self.hidden
+        return (f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {self.seen} of {tokens} tokens, "
+                f"{self.hidden / tokens:.1%} hidden ({args.strategy})")
 
     def describe(self, i):
-        return self.videos[i] + (f" (label {self.videos.labels[i]})" if self.videos.labels else " (no label)")
+        label = self.videos.labels and self.videos.labels[i]
+        return self.videos[i] + (f" (label {label})" if label else " (no label)")
 
     def train(self, stop):
         args, machine = self.args, self.machine
@@ -1226,7 +1235,7 @@ class Pretraining:
         return batch
 
     def next_batch(self, step, micro):
-        video, noise = to_device(self.fetch(step, micro), self.device, self.copy_stream)
+        video, noise = to_device(self.fetch(step, micro), ("video", "noise"), self.device, self.copy_stream)
         if self.batches_seen == 1 and self.machine.rank == 0:
             patches = self.model.encoder.patches(video)
             target, _ = self.model.targets(patches, self.model.split(patches, self.args.mask_ratio, noise)[1])
@@ -1255,12 +1264,13 @@ def count(module):
 
 
 def make_folder(out):
-    """The run's folder, there and writable."""
+    """The folder of --out, there and writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").open("a").close()
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out} cannot be written: no permission, or a read-only disk; choose another folder")
 
 
 def hold_folder(out):
@@ -1270,10 +1280,15 @@ def hold_folder(out):
     """
     try:
         lock = (out / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: lock: {error.strerror}; choose another folder") from error
+    try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
-    except (BlockingIOError, PermissionError) as error:
-        raise InputError(f"--out {out} is in use by another run; wait for it, or choose another folder") from error
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise InputError(f"--out {out} is in use by another run; wait for it, or choose another folder") from error
+        raise InputError(f"--out {out} cannot be locked against other runs: {error.strerror}; choose a folder on another disk") from error
 
 
 def model_arguments(args):
@@ -1288,6 +1303,15 @@ def build(model_args):
         return MaskedAutoencoder(**model_args)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise InputError(f"no such model can be built: {str(error).splitlines()[0]}") from error
+
+
+def tokens_split(model, strategy, mask_ratio):
+    """How many tokens of a clip are seen, and how many hidden."""
+    try:
+        keep, hide = split_tokens(mask_noise(strategy, 1, model.encoder.grid), model.encoder.grid, mask_ratio)
+    except ValueError as error:
+        raise InputError(f"--mask-ratio: {error}") from error
+    return keep.shape[1], hide.shape[1]
 
 
 def load_weights(model, content, path):
@@ -1313,6 +1337,7 @@ def reconstruct(args, machine):
     frames, *size = model.encoder.video_size
     kept = dict(mask_ratio=0.9, strategy="agnostic", stride=4) | content.get("identity", {})  # a released checkpoint: the paper's
     ratio, strategy, stride = (kept[key] if getattr(args, key) is None else getattr(args, key) for key in ("mask_ratio", "strategy", "stride"))
+    tokens_split(model, strategy, ratio)  # complains about a ratio that cannot be
     clips = [RandomClip(random(args.seed, CLIP, 0, i), frames, stride) for i in range(4)]
     try:
         video = read_clips(args.reconstruct, clips, tuple(size))  # (4, T, H, W, 3)
@@ -1366,7 +1391,7 @@ def check_data(args, machine):
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # a default that depends on something else stands in the text
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1403,6 +1428,11 @@ def between(low, high, kind=float):
 def square(text):
     sides = numbers((1, 2), "a size such as 224 or 192x256 (height x width)")(text)
     return sides * 2 if len(sides) == 1 else sides
+
+
+def asked(flag, argv):
+    """Does this flag stand in the command? Its value alone does not tell: it may be the default."""
+    return any(word.split("=")[0] == flag for word in (sys.argv[1:] if argv is None else argv))
 
 
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
@@ -1456,14 +1486,11 @@ def parse_arguments(argv=None):
     run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
     run.add_argument("--reconstruct", metavar="VIDEO", help="only show what --init makes of this video")
     run.add_argument("--check-data", action="store_true", help="only read every file of --data once and name the bad ones")
-    epochs = parser.get_default("epochs")
-    parser.set_defaults(epochs=None)
     given = parser.parse_known_args(argv)[0]
-    parser.set_defaults(epochs=epochs)
     if given.reconstruct:  # the checkpoint knows better
         parser.set_defaults(mask_ratio=None, strategy=None, stride=None)
     elif given.data is None:
-        parser.set_defaults(**DEMO | (dict(steps=None) if given.epochs else {}))
+        parser.set_defaults(**DEMO | (dict(steps=None) if asked("--epochs", argv) else {}))
     return parser.parse_args(argv)
 
 
@@ -1500,6 +1527,8 @@ def main(argv=None):
 
 def run_script(main):
     """Run a script's main(). An InputError becomes one line; under torchrun it also lands in torchrun's own summary."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # the name of a file may be no text
     try:
         status = record(main)() if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
     except InputError as error:
