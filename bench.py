@@ -481,7 +481,7 @@ def miniature_chains(args):
     """The runs, as chains of dicts (setting, seed, labels, steps, command): a pre-training, then what is fine-tuned from it."""
     demos = zlib.crc32(json.dumps([DEMO, finetune.DEMO]).encode())  # what the commands leave to the scripts
     tail = ("" if args.device == "auto" else f" --device {args.device}") + ("" if args.jobs == 1 else " --workers 0")
-    tail, folder = tail + (f" --steps {args.steps}" if args.steps else ""), "runs/miniature" + (f"-{args.steps}-steps" if args.steps else "")
+    tail, folder = tail + (f" --steps {args.steps}" if args.steps else ""), f"runs/miniature-{demos:x}" + (f"-{args.steps}-steps" if args.steps else "")
     for seed in range(args.seeds):
         for setting in STUDIED | SETTINGS:
             out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps, demos=demos)

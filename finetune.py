@@ -10,6 +10,7 @@ From top to bottom: clips and views, augmentation on the device, labels, the mod
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -450,6 +451,15 @@ def write_predictions(out, scores, videos, labels, classes):
             file.write(json.dumps(dict(video=videos[i], label=classes[label], place=int(place), top5=best)) + "\n")
 
 
+def add_line(path, line):
+    """Append it, unless it is there already: a finished run that is started again comes to the same result."""
+    with open(path, "a+") as file:
+        file.seek(0)
+        text = file.read()
+        if line not in text.splitlines(keepends=True):
+            file.write(line if text.endswith("\n") or not text else f"\n{line}")  # after a line that a crash has cut off
+
+
 def in_words(result, views):
     return f"top-1 {result['val_acc1']:.2f} %, top-5 {result['val_acc5']:.2f} % of {result['videos']} videos, {views[0]}x{views[1]} views each"
 
@@ -568,10 +578,8 @@ class Finetuning(Pretraining):
         self.result = accuracy(scores, self.val_labels)
         if self.machine.rank == 0:
             write_predictions(self.out, scores, self.data.val, self.val_labels, self.data.classes)
-            line = as_line(dict(step=self.steps, epoch=self.steps * self.batch / len(self.videos), views="x".join(map(str, self.args.views)), **self.result))
-            with open(self.out / "log.jsonl", "r+") as log:
-                if line not in log.readlines():  # a finished run that is started again says the same again
-                    log.write(line)
+            row = dict(step=self.steps, epoch=self.steps * self.batch / len(self.videos), views="x".join(map(str, self.args.views)), **self.result)
+            add_line(self.out / "log.jsonl", as_line(row))
         self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} (with one view the best was {self.best['val_acc1']:.2f} % "
                          f"after step {self.best['step']}: best.pt); {self.out}/last.pt, log.jsonl and predictions.jsonl")
 
@@ -621,28 +629,36 @@ def predict(args, machine, content):
 
 
 def write_features(path, **arrays):
+    """A file of numpy arrays, under this very name; without arrays only a look at whether it can be written."""
+    unfinished = Path(f"{path}.unfinished")
     try:
-        with open(path, "wb") as file:  # to a name alone numpy would add .npz
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with open(unfinished, "wb") as file:  # to a name alone numpy would add .npz
             np.savez(file, **arrays)
+        if arrays:
+            unfinished.replace(path)
     except OSError as error:
         raise InputError(f"--features {path} cannot be written: {error.strerror}; choose another file") from error
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
 
 
 def export_features(args, machine, content):
     """--features: what the head sees of every video, the mean over the views, with path, label and part (train or val)."""
-    data, unfinished = find_videos(args, machine.say, content.get("classes")), Path(f"{args.features}.unfinished")
+    data = find_videos(args, machine.say, content.get("classes"))
     if machine.rank == 0:
-        write_features(unfinished)  # a try, before hours are spent
+        write_features(args.features)  # a try, before hours are spent
     _, model = build_classifier(args, content, len(data.classes))
     take_weights(model, content, args.init, True, machine.say)
     model = model.to(machine.device).eval()
     parts = [(name, videos) for name, videos in (("train", data.train), ("val", data.val)) if videos is not None]
     features = [for_each_video(model.pooled, videos, args.views, args, machine, f"features, {name}") for name, videos in parts]
     if machine.rank == 0:
-        write_features(unfinished, features=np.concatenate(features), paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
+        write_features(args.features, features=np.concatenate(features), paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
                        labels=np.concatenate([label_numbers(videos, data.classes, args.data) for _, videos in parts]), classes=np.array(data.classes),
                        part=np.array([name for name, videos in parts for _ in range(len(videos))]))
-        unfinished.replace(args.features)
     machine.say(f"{args.features}: features of {sum(len(videos) for _, videos in parts)} videos, {model.head.in_features} numbers each; NaN where a video cannot be read")
     return 0
 
@@ -693,7 +709,7 @@ def parse_arguments(argv=None):
     run.add_argument("--compare", action=argparse.BooleanOptionalAction, default=False, help="train from scratch too (default without --data)")
     run.add_argument("--eval", action="store_true", help="only evaluate --init")
     run.add_argument("--predict", metavar="VIDEO", help="only print the five likeliest classes of this video")
-    run.add_argument("--features", metavar="OUT.npz", help="only write pooled features, paths and labels of every labelled video")
+    run.add_argument("--features", metavar="OUT.npz", help="only write pooled features, paths and labels of every video (all need labels)")
     parser.set_defaults(**dict.fromkeys((*SHAPE, *RECIPE["base"])), clip=5.0)
     first = parser.parse_known_args(argv)[0]
     if first.data is None and first.val is None and first.predict is None:

@@ -447,7 +447,7 @@ def from_released(content):
     mae_st's decoder is another one (it has its own class token) and is left out. One of ours comes back as it is.
     Raises ValueError when a tensor that the sizes are read from is missing.
     """
-    if "frames" in (content.get("model_args") or {}):
+    if isinstance(content.get("model_args"), dict) and "frames" in content["model_args"]:
         return content
     released = content.get("model_state", content.get("model"))
     if not isinstance(released, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in released.values()):

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import types
+import zipfile
 import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
 from pathlib import Path
@@ -684,7 +685,7 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
     for name in ("stray.mp4", "a/._one.mp4"):  # a video beside the class folders, and what macOS writes beside a video
         (tmp_path / "set" / name).touch()
     folder = train.list_videos(tmp_path / "set")
-    assert len(folder) == 4 and "1 x .mp4" in capsys.readouterr().out
+    assert len(folder) == 4 and "by their names, left out: 1 x .mp4, 1 x .txt" in capsys.readouterr().out
     with pytest.raises(train.InputError, match="stray.mp4 lies in no sub-folder"):
         finetune.find_classes(folder, str(tmp_path / "set"))
 
@@ -749,7 +750,7 @@ def test_workers_are_a_share_of_the_cpus_within_reason(monkeypatch):
 
 
 def test_an_error_in_a_data_worker_is_told_with_its_reason():
-    with pytest.raises(train.InputError, match="worker process 0.* ... RuntimeError: the reason Expected were a.mp4, b.mp4. Take"), train.data_errors_explained(lambda: ["a.mp4", "b.mp4"]):
+    with pytest.raises(train.InputError, match="worker process 0.* ... RuntimeError: the reason. Expected were a.mp4, b.mp4. Take"), train.data_errors_explained(lambda: ["a.mp4", "b.mp4"]):
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\nRuntimeError: the reason")
 
 
@@ -1082,6 +1083,12 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     for content in ([1, 2], torch.zeros(3)):
         torch.save(content, tmp_path / "last.pt")
         with pytest.raises(train.InputError, match="no checkpoint"):
+            train.load_init(tmp_path / "last.pt")
+    for pickled in (b"", b"not a pickle", b"\x80\x02K", b"\x80\x02}q\x00(X\x05", b"\x80\x02h\x05."):
+        with zipfile.ZipFile(tmp_path / "last.pt", "w") as archive:
+            for name, content in (("data.pkl", pickled), ("version", b"3"), ("byteorder", b"little")):
+                archive.writestr(f"last/{name}", content)
+        with pytest.raises(train.InputError, match="is no checkpoint|is refused"):
             train.load_init(tmp_path / "last.pt")
     np.savez(tmp_path / "features.npz", np.zeros(3))
     with pytest.raises(train.InputError, match="features.npz is no checkpoint"):
@@ -1636,6 +1643,13 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_
     assert a["best"] == b["best"] and a["classes"] == ["left", "right", "up"]
     assert predictions(tmp_path / "whole") == predictions(tmp_path / "parts")
     assert finetune.main(tuning(labelled, tmp_path / "whole", *more)) == 0  # finished: says the same again, and adds nothing
+    (tmp_path / "one").mkdir()
+    (tmp_path / "whole" / "last.pt").rename(tmp_path / "one" / "last.pt")
+    (tmp_path / "one" / "log.jsonl").write_text('{"step": 2, "ep')  # cut off by a crash
+    assert finetune.main(tuning(labelled, tmp_path / "one", *more)) == 0
+    assert len((tmp_path / "one" / "log.jsonl").read_text().splitlines()) == 2 and json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[1])["views"] == "2x3"
+    (tmp_path / "one" / "log.jsonl").unlink()
+    (tmp_path / "one" / "last.pt").rename(tmp_path / "whole" / "last.pt")
     rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
     keep = lambda row: {key: row[key] for key in ("step", "loss", "lr", "grad_norm", "val_acc1", "val_acc5") if key in row}
     assert [keep(row) for row in rows[0]] == [keep(row) for row in rows[1]]
@@ -1675,6 +1689,7 @@ def test_the_probe_is_a_linear_model_on_the_exported_features(labelled, tmp_path
     weights = content["model"]
     assert all(torch.equal(weights[name], before[name]) for name in weights if name.startswith("encoder."))
     assert finetune.main(["--features", str(tmp_path / "features"), *tuning(labelled, tmp_path / "none", "--views", "1x1")]) == 0
+    assert not list(tmp_path.glob("*.unfinished"))
     stored = np.load(tmp_path / "features")
     val = stored["part"] == "val"
     assert val.sum() == 7 and (~val).sum() == 15 and list(stored["classes"]) == ["left", "right", "up"]
@@ -1721,7 +1736,8 @@ def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path):
              (["--views", "7"], "7x3"), (["--views", "ax3"], "7x3"), (["--views", "0x3"], "7x3"), (["--model", "base"], "--model base.*has tiny"),
              (["--patch", "2x4x4"], "patch"), (["--size", "20"], "height 20"), (["--init", str(tmp_path / "strange.pt")], "patch_embed"),
              (["--init", str(tmp_path / "stranger.pt")], "no tensors"), (["--init", "gone.pt"], "gone.pt"), (["--eval"], "has no head"), (["--predict", "x.mp4"], "has no head"),
-             (["--features", "gone/f.npz"], "--features gone/f.npz.* cannot be written"), (["--mixup", "-1"], "not a number"), (["--layer-decay", "2"], "not a number")]
+             (["--features", "gone/f.npz"], "--features gone/f.npz cannot be written"),
+             (["--features", nothing], "it is a folder"), (["--mixup", "-1"], "not a number"), (["--layer-decay", "2"], "not a number")]
     for change, pattern in cases:
         with pytest.raises(train.InputError) as caught:
             finetune.main(tuning(labelled, tmp_path / "out", "--steps", 2, "--workers", 0, *change))
@@ -1898,12 +1914,12 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
     shutil.rmtree("runs")  # without its folder a pre-training is done again, for the fine-tuning that needs it
     Path("lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if (line["setting"], line["labels"]) != ("tube", 40)))
     assert bench.main(command) == 0
-    assert sorted(os.listdir("runs/miniature-1-steps")) == ["tube-0", "tube-0-40", "tube-0-40.txt", "tube-0.txt"]
+    assert sorted(path.name for path in Path("runs").glob("miniature-*-1-steps/*")) == ["tube-0", "tube-0-40", "tube-0-40.txt", "tube-0.txt"]
     assert capsys.readouterr().out == printed
     monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "ratio-2": "--mask-ratio 2"})
-    with pytest.raises(train.InputError, match="--mask-ratio 2 .*\n.*status 1; runs/miniature-1-steps/ratio-2-0.txt"):
+    with pytest.raises(train.InputError, match="--mask-ratio 2 .*\n.*status 1; runs/miniature-.*-1-steps/ratio-2-0.txt"):
         bench.main(command)
-    assert "mask ratio 2.0 is out of range" in Path("runs/miniature-1-steps/ratio-2-0.txt").read_text()
+    assert "mask ratio 2.0 is out of range" in next(Path("runs").glob("miniature-*/ratio-2-0.txt")).read_text()
     Path("lines.jsonl").write_text("{")
     for file, problem in (("lines.jsonl", "no JSON"), ("no such folder/lines.jsonl", "cannot be written"), ("runs", "cannot be written")):
         with pytest.raises(train.InputError, match=problem):
