@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
 from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, choose_precision, choose_workers, clip_batches,
-                   complete, count, data_errors_explained, demo_videos, learning_rate, list_videos, load_init, load_weights, make_folder, numbers, of_all_processes,
-                   positive, random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
+                   complete, count, data_errors_explained, demo_videos, in_flags, learning_rate, list_videos, load_init, load_weights, make_folder, numbers,
+                   of_all_processes, positive, random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
 from train import DEMO as PRETRAINING_DEMO
 
 import numpy as np
@@ -684,7 +684,7 @@ def parse_arguments(argv=None):
     parser, data, method, recipe, run = shared_arguments(__doc__.split("\n\n")[0])
     parser.epilog = ("Where no default is shown: shape, stride and sampling come from the checkpoint, the rest from the paper's recipe for its size. "
                      + "; ".join(f"{size}: {', '.join(f'{key} {value:.3g}' for key, value in recipe.items())}" for size, recipe in RECIPE.items())
-                     + "; tiny and small: as base.")
+                     + f"; tiny and small: as base. Without --data, to show that it works: {in_flags(DEMO)}.")
     share = between(0, 1)
     data.add_argument("--val", help="videos to validate on, as --data (default: a fixed tenth of --data)")
     data.add_argument("--per-class", type=whole, help="train on so many videos of each class (default: all)")

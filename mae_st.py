@@ -410,7 +410,7 @@ SIZES = {
     "small": dict(dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=4, decoder_heads=3),
     "base": dict(dim=768, depth=12, heads=12),  # 86 M encoder parameters
     "large": dict(dim=1024, depth=24, heads=16),  # 304 M
-    "huge": dict(dim=1280, depth=32, heads=16),  # 631 M
+    "huge": dict(dim=1280, depth=32, heads=16),  # 632 M
 }
 
 

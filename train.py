@@ -1437,6 +1437,13 @@ DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), 
             warmup=0.1, clip=1.0)
 
 
+def in_flags(settings):
+    """How one would write them on the command line."""
+    words = {key: "x".join(map(str, value)) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return " ".join(f"--{'no-' if value is False else ''}{key.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value:g}" if isinstance(value, float) else f" {value}")
+                    for key, value in words.items())
+
+
 def shared_arguments(description):
     """A parser with the flags that train.py and finetune.py share, and its groups: data, method, recipe, run."""
     parser = Parser(description)
@@ -1481,6 +1488,7 @@ def parse_arguments(argv=None):
     run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
     run.add_argument("--reconstruct", metavar="VIDEO", help="only show what --init makes of this video")
     run.add_argument("--check-data", action="store_true", help="only read every file of --data once and name the bad ones")
+    parser.epilog = f"Without --data, to show that it works: {in_flags(DEMO)}."
     given = parser.parse_known_args(argv, argparse.Namespace(epochs=None))[0]  # None: --epochs was not given
     if given.reconstruct:  # the checkpoint knows better
         parser.set_defaults(mask_ratio=None, strategy=None, stride=None)
