@@ -1907,14 +1907,13 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
         if line["labels"]:
             right = [row["label"] == next(iter(row["top5"])) for row in map(json.loads, (out / "predictions.jsonl").read_text().splitlines())]
             assert line["videos"] == len(right) == 8 and line["top1"] == 100 * sum(right) / 8 and f" {line['top1']:.1f} |" in printed
-    Path("lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    assert bench.main(command) == 0
-    again = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
-    assert again[:-1] == lines[:-1] and {**again[-1], "seconds": 0} == {**lines[-1], "seconds": 0}
-    assert capsys.readouterr().out == printed
     shutil.rmtree("runs")  # without its folder a pre-training is done again, for the fine-tuning that needs it
-    Path("lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if (line["setting"], line["labels"]) != ("tube", 40)))
+    kept = [line for line in lines if (line["setting"], line["labels"]) != ("tube", 40)]
+    Path("lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert bench.main(command) == 0
+    *before, last = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line not in kept)
+    assert before == kept and {key for key in last if last[key] != first[key]} <= {"seconds", "clips_per_s"}
     assert sorted(path.name for path in Path("runs").glob("miniature-*-1-steps/*")) == ["tube-0", "tube-0-40", "tube-0-40.txt", "tube-0.txt"]
     assert capsys.readouterr().out == printed
     monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "ratio-2": "--mask-ratio 2"})
@@ -1985,6 +1984,6 @@ def test_the_laptop_commands_of_the_readme_run(small_demo):
     (small_demo / "data" / "kinetics_like").symlink_to("moving_shapes/val")
     for script, given in commands:
         if script != "bench":
-            run_script(HERE / f"{script}.py", *given, "--steps", "1", "--device", "cpu", cwd=small_demo)
+            assert {"train": train, "finetune": finetune}[script].main([*given, *"--steps 1 --workers 0 --device cpu".split()]) == 0
         elif "--miniature" not in given:  # which has a test of its own, above
             assert bench.main([*given, *"--model tiny --size 32 --frames 4 --rounds 1 --device cpu".split()]) == 0
