@@ -39,6 +39,11 @@ AUGMENT, MIX, FEW = 10, 11, 12  # uses of `random`, beside those of train.py
 # ------------------------------------------------------------------------------------------ clips and views
 
 
+def frames_at(places, seconds):
+    """When the frames at these places come up: places (T,) as shares of the video, 0 to 1; seconds (n,), one for each frame."""
+    return seconds[(places * len(seconds)).astype(int)]  # (T,)
+
+
 class SegmentClip(RandomClip):
     """One random frame from each of T equal parts of the video, for Something-Something; the stride has no say."""
 
@@ -47,7 +52,7 @@ class SegmentClip(RandomClip):
         self.places = (np.arange(frames) + rng.random(frames)) / frames  # (T,)
 
     def times(self, seconds):
-        return seconds[(self.places * len(seconds)).astype(int)]
+        return frames_at(self.places, seconds)
 
 
 KINDS = {"clip": RandomClip, "segments": SegmentClip}
@@ -63,7 +68,7 @@ class View:
     def times(self, seconds):
         """(T,), for frames that come up at seconds (n,). Clip i starts at i * floor((frames - span) / (K - 1)), as in the paper's code, a frame being 1/30 s."""
         if self.sampling == "segments":
-            return seconds[((np.arange(len(self.offsets)) + (self.i + 0.5) / self.K) / len(self.offsets) * len(seconds)).astype(int)]
+            return frames_at((np.arange(len(self.offsets)) + (self.i + 0.5) / self.K) / len(self.offsets), seconds)
         room = max(0.0, seconds[-1] - self.offsets[-1]) * 30 + 1e-6
         start = self.i * math.floor(room / (self.K - 1)) if self.K > 1 else math.floor(room / 2)
         return start / 30 + self.offsets
@@ -564,7 +569,7 @@ class Finetuning(Pretraining):
         first = self.machine.rank == 0
         if self.step % self.save_every == 0 or self.step == self.steps:
             result = accuracy(self.score((1, 1), "validation"), self.val_labels)
-            self.log.write(step=self.step, epoch=self.step * self.batch / len(self.videos), views="1x1", **result)
+            self.log.write(**self.row_of(result, (1, 1)))
             self.machine.say(f"step {self.step}: {in_words(result, (1, 1))}")
             if result["val_acc1"] > self.best["val_acc1"]:
                 self.best = dict(val_acc1=result["val_acc1"], step=self.step)
@@ -573,13 +578,16 @@ class Finetuning(Pretraining):
         if first:
             save_checkpoint(self.out, self.state(), self.args.keep)
 
+    def row_of(self, result, views):
+        """An evaluation's line of the log."""
+        return dict(step=self.step, epoch=self.step * self.batch / len(self.videos), views=f"{views[0]}x{views[1]}", **result)
+
     def conclude(self):
         scores = self.score(self.args.views, "evaluation")
         self.result = accuracy(scores, self.val_labels)
         if self.machine.rank == 0:
             write_predictions(self.out, scores, self.data.val, self.val_labels, self.data.classes)
-            row = dict(step=self.steps, epoch=self.steps * self.batch / len(self.videos), views="x".join(map(str, self.args.views)), **self.result)
-            add_line(self.out / "log.jsonl", as_line(row))
+            add_line(self.out / "log.jsonl", as_line(self.row_of(self.result, self.args.views)))
         self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} (with one view the best was {self.best['val_acc1']:.2f} % "
                          f"after step {self.best['step']}: best.pt); {self.out}/last.pt, log.jsonl and predictions.jsonl")
 

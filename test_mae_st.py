@@ -1065,7 +1065,8 @@ def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_vide
     assert demo.steps == train.DEMO["steps"] and given.steps is None and given.epochs == 200 and given.model == "tiny"
     assert finetune.parse_arguments([]).steps == finetune.DEMO["steps"] and finetune.parse_arguments(["--epochs=5"]).steps is None
     for script, words in ((train, ["passes over the list.*default: 200", "everything random.*default: 0"]), (finetune, ["large: epochs 50, repeat 2, layer_decay 0.75"])):
-        assert script.parse_arguments([]) == script.parse_arguments(train.in_flags(script.DEMO).split()), "the flags that --help names are not the demo's"
+        flags = vars(script.parse_arguments(["--data", "videos", *train.in_flags(script.DEMO).split()]))  # with data the demo's defaults are out of play
+        assert {key: flags[key] for key in script.DEMO} == script.DEMO, "the flags that --help names are not the demo's"
         with pytest.raises(SystemExit):
             script.parse_arguments(["--help"])
         printed = " ".join(capsys.readouterr().out.split())
@@ -1227,6 +1228,15 @@ train.run_script(train.main)
 """)
     result = torchrun(script, *arguments(some_videos, tmp_path / "out", "--steps", "50"), check=1, timeout=60)
     assert "the reason on rank 1" in result.stderr[result.stderr.index("Root Cause"):]
+
+
+def test_a_data_worker_that_dies_before_the_first_batch_is_asked_for_ends_the_run_with_a_message(some_videos, tmp_path, monkeypatch):
+    def dead(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+    for name in ("clip_batches", "Log"):  # the workers start in the first, and the second comes before any batch
+        with monkeypatch.context() as patch, pytest.raises(train.InputError, match="gave no batch: .* Killed. Expected were .*mp4"):
+            patch.setattr(train, name, dead)
+            train.main(arguments(some_videos, tmp_path / name, "--steps", "2"))
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])

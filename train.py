@@ -855,8 +855,9 @@ class StopRequest:
     """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once.
 
     Python does not hear of a signal while the main thread is inside C code, so a thread listens too: it lets a second
-    SIGINT through at any time, and ends a rank that waits in a collective for one that has died. On GPUs a rank also waits
-    so while the first one writes a large checkpoint: almost as long as torchrun does, 30 s.
+    SIGINT through at any time, and ends a rank that waits in a collective for one that has died. On GPUs a rank
+    waits in the same way while the first one writes a large checkpoint, so its patience is longer there, up to just
+    before torchrun would kill it, which is after 30 s.
     """
 
     def __init__(self, machine):
@@ -1125,8 +1126,9 @@ class Pretraining:
         stop = StopRequest(machine)
         if self.step < self.steps:
             self.sampler = StepSampler(range(self.step, self.steps), args.batch_size, args.accum, machine.rank, machine.world)
-            self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))  # workers start here
-            with data_errors_explained(lambda: self.names(self.expected)):
+            self.expected = self.sampler.samples(self.step, 0)
+            with data_errors_explained(lambda: self.names(self.expected)):  # a worker may die at any time from here
+                self.batches = iter(clip_batches(self.clips, self.sampler, self.workers, self.device, args.data_timeout))
                 self.train(stop)
             self.batches = None  # ends the workers
         self.skipped.summary()
