@@ -63,6 +63,8 @@ VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 # Only real containers and only this very file: a playlist named x.mp4 must not open other files or the network.
 SAFE_OPEN = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,h264,hevc,ivf,m4v,obu",
              "protocol_whitelist": "file"}
+# Tags that are no UTF-8: PyAV 18 (the last for Python 3.11) would refuse the file, 19 takes them as they are.
+TAGS = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}
 MAX_PIXELS = 2**25  # 8K video has 33.2 million
 HELD_BYTES = 2**26  # larger files are read twice instead of held in memory
 SLACK = 1e-3  # s; Matroska rounds time stamps to milliseconds
@@ -82,7 +84,7 @@ def open_video(path):
     """The container and its main video stream, set to decode in this thread alone. Raises BadVideo."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise BadVideo("not a regular file")
-    with av.open(os.path.abspath(path), options=SAFE_OPEN, metadata_errors="ignore") as container:
+    with av.open(os.path.abspath(path), options=SAFE_OPEN, **TAGS) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic and s.codec_context]
         if not streams:
             raise BadVideo("no video stream")
