@@ -1141,9 +1141,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(some_videos
 
 
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_videos, tmp_path):
-    command = ["train.py", *arguments(some_videos, tmp_path / "stopped", "--steps", "150", "--workers", "1", "--save-every", "1000")]
+    """Also where Python's own way to start data workers is another one, as it is from 3.14 on."""
+    flags = arguments(some_videos, tmp_path / "stopped", "--steps", "150", "--workers", "1", "--save-every", "1000")
+    as_in_314 = f"import multiprocessing, train; multiprocessing.set_start_method('forkserver', force=True); train.sys.exit(train.main({flags}))"
     log, steps = tmp_path / "stopped" / "log.jsonl", [0]
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number, command in ((signal.SIGTERM, ["-c", as_in_314]), (signal.SIGINT, ["train.py", *flags])):
         process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= steps[-1] + 3):
             os.sched_yield()

@@ -527,10 +527,20 @@ def choose_workers(asked, device, ranks_here):
     return max(1, min(32, cpus // ranks_here)), f"{cpus} CPUs for {ranks_here} process(es) on this machine, and at most 32: each holds two batches"
 
 
+def worker_options(workers, timeout):
+    """DataLoader's arguments for so many data workers. timeout: seconds to wait for one batch.
+
+    They are forks on Linux, also where Python (from 3.14 on) would have them started by a server process: a signal to
+    the whole process group would end that server, and with it the workers. And forks start at once, with the list shared.
+    """
+    if not workers:
+        return dict(num_workers=0)
+    return dict(num_workers=workers, worker_init_fn=quiet_worker, timeout=timeout, multiprocessing_context="fork" if sys.platform == "linux" else None)
+
+
 def clip_batches(clips, sampler, workers, device, timeout):
-    """A DataLoader over VideoClips in the sampler's order. timeout: seconds to wait for one batch."""
-    return DataLoader(clips, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=quiet_worker,
-                      pin_memory=device.type == "cuda", timeout=timeout if workers else 0, prefetch_factor=2 if workers else None)
+    """A DataLoader over VideoClips in the sampler's order."""
+    return DataLoader(clips, batch_sampler=sampler, collate_fn=collate, pin_memory=device.type == "cuda", **worker_options(workers, timeout))
 
 
 @contextlib.contextmanager
@@ -1377,7 +1387,7 @@ def check_data(args, machine):
     """Decode every file once; name the bad ones."""
     videos = list_videos(args.data)
     workers = available_cpus() if args.workers is None else args.workers
-    loader = DataLoader(WholeVideos(videos), batch_size=None, num_workers=workers, worker_init_fn=quiet_worker, timeout=args.data_timeout if workers else 0)
+    loader = DataLoader(WholeVideos(videos), batch_size=None, **worker_options(workers, args.data_timeout))
     results, bad = iter(loader), []
     for expected in tqdm(range(len(videos)), unit="video", dynamic_ncols=True):
         with data_errors_explained(lambda: [videos[expected]]):
