@@ -1884,6 +1884,17 @@ def test_bench_prints_a_table_and_writes_its_rows_and_a_chart(some_videos, tmp_p
     assert len(list(drawn)) == 3 * 2  # predicted, compute, load + compute at two ratios
 
 
+def test_the_chart_has_the_papers_speedups_as_rings_where_both_compute_the_same(tmp_path, capsys):
+    def circles(model):
+        assert bench.main(["--flops", "--model", model, "--json", str(tmp_path / "rows.json"), "--chart", str(tmp_path / "chart.svg")]) == 0
+        return [[float(circle.get(key)) for key in ("cx", "cy")] for circle in ElementTree.parse(tmp_path / "chart.svg").iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(circles("base")) == 4  # the paper's Table 1 has ViT-L
+    *dots, ring = circles("large")
+    low, _, at_90, _ = [row["predicted_speedup"] for row in json.loads((tmp_path / "rows.json").read_text())[1:]]
+    assert len(dots) == 4 and ring[0] == dots[2][0]
+    assert abs((ring[1] - dots[2][1]) / (dots[0][1] - dots[2][1]) - (at_90 - 7.7) / (at_90 - low)) < 1e-3  # on the scale of ours
+
+
 def test_the_profile_lists_what_a_step_spends_its_time_on(capsys):
     assert bench.main([*SPEED, "--profile", "0.75"]) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
