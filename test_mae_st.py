@@ -444,6 +444,19 @@ def test_wanted_frames_are_those_of_a_full_decode_bit_for_bit(name, tmp_path):
             assert np.array_equal(result, rendered([frames[i] for i in shown], (48, 64), clip.flip)), f"{name} from {start} s: other frames than {shown}"
 
 
+@pytest.mark.parametrize("name", sorted(CODECS.keys() - {"MPEG-4 in AVI"}))
+def test_any_set_of_frames_comes_out_of_one_decode_of_a_part_bit_for_bit(name, tmp_path):
+    """Also sets that reach over a key frame, where frames shown before it are decoded after it: with groups of 12, around 24."""
+    file, codec, options, pix_fmt = CODECS[name]
+    path = encode(tmp_path / file, natural_frames(48), codec, options=options, pix_fmt=pix_fmt)
+    frames, seconds = full_decode(path)
+    whole, rng = rendered(frames, (48, 64)), np.random.default_rng(0)
+    sets = [[a, 23, 24] for a in range(12, 23)] + [sorted(rng.choice(48, rng.integers(2, 7), replace=False)) for _ in range(400 if LONG else 10)]
+    for chosen in sets:
+        got = train.read_needed(path, [FixedClip([seconds[i] for i in chosen])], (48, 64))
+        assert got is not None and np.array_equal(got[0], whole[chosen]), f"{name}: other frames than {chosen}"
+
+
 def test_packets_that_nothing_depends_on_are_not_decoded(tmp_path):
     """The speed-up is real: for one late frame of H.264 with B-frames, far fewer frames are decoded than lie before it."""
     path = encode(tmp_path / "a.mp4", natural_frames(48), options=X264 | {"x264-params": "keyint=24:scenecut=0:bframes=3:b-adapt=0"})

@@ -178,16 +178,13 @@ def needed_packets(table, wanted):
     leading picture of an open group needs the group before), to its own packet. Droppable packets in between are
     left out, so the wanted frames come out bit for bit as from a decode of the whole file.
     """
-    entries, runs = [i for i, restarts in enumerate(table.entry) if restarts], []
+    covered = np.zeros(len(table.pts) + 1, bool)  # and one behind the last, never covered
     for i, pts in enumerate(table.pts):
         if pts in wanted:
-            begin = next((k for k in reversed(entries) if k <= i and table.pts[k] <= pts), 0)
-            if runs and begin <= runs[-1][1] + 1:
-                runs[-1] = min(begin, runs[-1][0]), i
-            else:
-                runs.append((begin, i))
-    needed = {i for first, last in runs for i in range(first, last + 1) if table.pts[i] in wanted or not table.droppable[i]}
-    return needed, {last for _, last in runs}
+            begin = next((k for k in range(i, 0, -1) if table.entry[k] and table.pts[k] <= pts), 0)
+            covered[begin:i + 1] = True
+    needed = {i for i in np.flatnonzero(covered) if table.pts[i] in wanted or not table.droppable[i]}
+    return needed, set(np.flatnonzero(covered[:-1] & ~covered[1:]))
 
 
 def decode_needed(codec_context, packets, needed, ends):
