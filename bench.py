@@ -206,11 +206,10 @@ class Row:
         self.run, self.device, self.line = run, run.device, line
         self.videos = run.args.batch_size or run.videos_that_fit(line["visible_tokens"])
         self.times, self.steps, self.memory = [], 1, None
-        dense, ratio = line["dense"], line["mask_ratio"]
-        extra = {} if run.args.decode_ratio == 1 else dict(decode_ratio=run.args.decode_ratio)
+        dense, ratio, share = line["dense"], line["mask_ratio"], run.args.decode_ratio
 
         def loss_function(video, noise):
-            return run.model.dense(video, ratio, noise) if dense else run.model(video, ratio, noise, **extra)
+            return run.model.dense(video, ratio, noise) if dense else run.model(video, ratio, noise, share)
 
         # dynamic=False: code for each row's own sizes. fullgraph=True: an error, not a quiet return to uncompiled code.
         self.loss_function = torch.compile(loss_function, dynamic=False, fullgraph=True) if run.compile else loss_function

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
-from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, choose_precision, choose_workers, clip_batches,
+from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, build, choose_precision, choose_workers, clip_batches,
                    complete, count, data_errors_explained, demo_videos, in_flags, learning_rate, list_videos, load_init, load_weights, make_folder, numbers,
                    of_all_processes, positive, random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
 from train import DEMO as PRETRAINING_DEMO
@@ -250,11 +250,6 @@ def mix(video, targets, rng, mixup, cutmix):
     return video, targets.flip(0).lerp(targets, share)
 
 
-def smooth_targets(labels, classes, smoothing):
-    """(B,) -> (B, classes): the class gets 1 - smoothing, and then all get the same small part."""
-    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
-
-
 # --------------------------------------------------------------------------------------------------- labels
 
 
@@ -350,10 +345,7 @@ def build_classifier(args, content, classes, batch_norm=False):
     height, width = args.size
     arguments |= dict(frames=args.frames, height=height, width=width, classes=classes, dropout=args.dropout, drop_path=args.drop_path,
                       batch_norm=batch_norm, checkpointing=args.checkpointing)
-    try:
-        return arguments, Classifier(**arguments)
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+    return arguments, build(arguments, Classifier)
 
 
 def take_weights(model, content, path, new_head, say):
@@ -549,10 +541,10 @@ class Finetuning(Pretraining):
             rand_augment(video, [draw_operations(generator, args.rand_augment) for generator in generators])
         video = normalise(video)
         erase(video, [draw_hole(generator, args.erase, *args.size) for generator in generators])
-        return mix(video, smooth_targets(labels, classes, args.smoothing), rng, args.mixup, args.cutmix)
+        return mix(video, F.one_hot(labels, classes).float(), rng, args.mixup, args.cutmix)
 
     def loss(self, model, video, targets):
-        return F.cross_entropy(model(video).float(), targets)
+        return F.cross_entropy(model(video).float(), targets, label_smoothing=self.args.smoothing)
 
     def score(self, views, title):
         """Softmax scores of the validation videos: (videos, classes), NaN where unreadable."""

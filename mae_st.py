@@ -251,10 +251,10 @@ class Encoder(nn.Module):
 
         Bytes are gathered first and normalised after, so hidden patches cost nothing.
         """
-        if keep is None:
-            x = self.embed(normalise(patches).to(self.embed.weight.dtype)) + self.positions()  # (B, N, D)
-        else:
-            x = self.embed(normalise(take(patches, keep)).to(self.embed.weight.dtype)) + F.embedding(keep, self.positions())  # (B, K, D)
+        positions = self.positions()  # (N, D)
+        if keep is not None:
+            patches, positions = take(patches, keep), F.embedding(keep, positions)  # (B, K, P), (B, K, D)
+        x = self.embed(normalise(patches).to(self.embed.weight.dtype)) + positions  # (B, K, D), K = N without keep
         cls = (self.cls_token + self.pos_cls).expand(len(x), 1, -1)  # (B, 1, D)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + K, D)
         for block in self.blocks:

@@ -1477,8 +1477,7 @@ def test_mixed_targets_are_in_the_proportion_of_what_is_seen(mixup, cutmix):
     for seed in range(200):
         colours = torch.randn(3)
         video = colours[:, None, None, None, None].expand(3, 3, 2, 10, 14).clone()
-        targets = finetune.smooth_targets(torch.tensor([0, 1, 2]), 4, 0.1)
-        assert_close(targets[0], [0.925, 0.025, 0.025, 0.025], 1e-6, "smoothed")
+        targets = torch.eye(4)[:3]
         mixed, result = finetune.mix(video, targets, np.random.default_rng(seed), mixup, cutmix)
         partner = colours.flip(0)
         share = float((mixed[0, 0, 0].mean() - partner[0]) / (colours[0] - partner[0]))
@@ -1493,6 +1492,14 @@ def test_mixed_targets_are_in_the_proportion_of_what_is_seen(mixup, cutmix):
         assert 0.4 < np.mean(shares) < (0.6 if not cutmix else 0.75) and min(shares) < 0.1 and max(shares) > 0.9
     else:
         assert_close(np.array(shares), np.ones(200), 1e-5, "nothing is mixed")
+
+
+def test_the_loss_of_fine_tuning_smooths_its_mixed_targets():
+    scores, mixed = torch.randn(3, 4, dtype=torch.float64), torch.tensor([[1, 0, 0, 0], [0, 0.3, 0.7, 0], [0.5, 0, 0, 0.5]], dtype=torch.float64)
+    smoothed = [[(0.9 * part + 0.1 / 4) for part in row] for row in mixed.tolist()]
+    plain = -sum(part * math.log(math.exp(score) / sum(map(math.exp, row))) for row, wanted in zip(scores.tolist(), smoothed) for score, part in zip(row, wanted)) / 3
+    run = argparse.Namespace(args=argparse.Namespace(smoothing=0.1))
+    assert_close(finetune.Finetuning.loss(run, lambda video: scores, None, mixed), plain, 1e-6, "loss")
 
 
 def plain_operation(name, x, m):

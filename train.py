@@ -81,18 +81,22 @@ class Packets(NamedTuple):
 
 @contextlib.contextmanager
 def open_video(path):
-    """The container and its main video stream, set to decode in this thread alone. Raises BadVideo."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise BadVideo("not a regular file")
-    with av.open(os.path.abspath(path), options=SAFE_OPEN, **TAGS) as container:
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic and s.codec_context]
-        if not streams:
-            raise BadVideo("no video stream")
-        stream = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
-        if not 0 < stream.width * stream.height <= MAX_PIXELS:
-            raise BadVideo(f"frames of {stream.width} x {stream.height}, at most {MAX_PIXELS} pixels are read")
-        stream.codec_context.thread_count = 1
-        yield container, stream
+    """The container and its main video stream, set to decode in this thread alone. Whatever goes wrong with the file, also
+    later while it is read, becomes BadVideo."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadVideo("not a regular file")
+        with av.open(os.path.abspath(path), options=SAFE_OPEN, **TAGS) as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic and s.codec_context]
+            if not streams:
+                raise BadVideo("no video stream")
+            stream = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
+            if not 0 < stream.width * stream.height <= MAX_PIXELS:
+                raise BadVideo(f"frames of {stream.width} x {stream.height}, at most {MAX_PIXELS} pixels are read")
+            stream.codec_context.thread_count = 1
+            yield container, stream
+    except (av.FFmpegError, OSError, UnicodeError) as error:
+        raise BadVideo(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def nal_headers(data, length_size):
@@ -248,11 +252,8 @@ def read_clips(path, clips, size):
     A clip says when (`times(seconds)`, of its T frames) and where (`box(width, height)`, the crop and the flip): see
     `RandomClip`. size: (H, W). Raises BadVideo with the reason when the file does not give them.
     """
-    try:
-        out = read_needed(path, clips, size)
-        return read_plainly(path, clips, size) if out is None else out
-    except (av.FFmpegError, OSError, UnicodeError) as error:
-        raise BadVideo(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
+    out = read_needed(path, clips, size)
+    return read_plainly(path, clips, size) if out is None else out
 
 
 def prepare(stream, clips, size):
@@ -345,15 +346,14 @@ class RandomClip:
 
 
 class VideoList:
-    """Paths, labels and class names. The paths are one block of bytes: as 300,000 strings, every worker would end up
-    with a copy of them, because counting references writes to their pages."""
+    """Paths and labels. The paths are one block of bytes: as 300,000 strings, every worker would end up with a copy of
+    them, because counting references writes to their pages."""
 
-    def __init__(self, paths, labels=None, classes=None):
+    def __init__(self, paths, labels=None):
         encoded = [os.fsencode(path) for path in paths]
         self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self.block = b"".join(encoded)
         self.labels = labels  # a string per video, None for one without; or None for all
-        self.classes = classes
 
     def checksum(self):
         """Of the paths, wherever the folder that holds them all lies."""
@@ -696,14 +696,10 @@ def picture_frames(model, video, mask_ratio, noise):
     model.eval()
     filled, mask = model.reconstruct(video, mask_ratio, noise)  # (B, C, T', H, W), (B, t, h, w)
     model.train(was_training)
-    pixels = video.float() / 255  # (B, C, T, H, W)
-    _, p, q = model.encoder.patch
-    if model.target == "frame":
-        pixels, repeat = pixels[:, :, ::model.encoder.patch[0]], 1
-    else:
-        repeat = model.encoder.patch[0]
-    hidden = mask.repeat_interleave(repeat, 1).repeat_interleave(p, 2).repeat_interleave(q, 3)[:, None]  # (B, 1, T', H, W)
-    masked = torch.where(hidden, torch.full_like(pixels, 0.5), pixels)
+    u, p, q = model.target_patch
+    pixels = video[:, :, ::model.encoder.patch[0] // u].float() / 255  # (B, C, T', H, W): the frames that were learned
+    hidden = mask.repeat_interleave(u, 1).repeat_interleave(p, 2).repeat_interleave(q, 3)[:, None]  # (B, 1, T', H, W)
+    masked = pixels.masked_fill(hidden, 0.5)
     return [(part.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy() for part in (pixels, masked, filled)]
 
 
@@ -998,8 +994,7 @@ class Log:
     def row(self, **row):
         self.write(**row)
         if self.file:
-            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-            self.bar.set_postfix_str(f"loss {loss} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
+            self.bar.set_postfix_str(f"loss {row['loss']:.4f} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
         self.bar.update()
 
     def close(self):
@@ -1045,7 +1040,7 @@ class Pretraining:
         self.model_args, self.model = self.make_model()
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.peak_lr, betas=self.BETAS, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step, self.preview, self.batches_seen = 0, None, 0
+        self.step, self.preview = 0, None
         self.clips = self.make_clips(args.repeat)
         self.skipped = Skipped(self.videos, machine)
 
@@ -1192,19 +1187,19 @@ class Pretraining:
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
         self.copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.log = Log(self.out, machine, self.step, self.steps)
-        self.clock, self.waited, late, first = time.perf_counter(), 0.0, None, self.step  # waited: seconds without a batch
+        clock, self.waited, late = time.perf_counter(), 0.0, None  # waited: seconds without a batch
         try:
-            for step in range(first, self.steps):
+            for step in self.sampler.steps:
                 status = self.optimizer_step(model, step, stop)
                 stopping = late is not None and self.finish(*late)  # looks at the step before, while this one runs
                 now = time.perf_counter()
-                late, self.clock, self.waited = (step, Late(status), now - self.clock, self.waited), now, 0.0
+                late, clock, self.waited = (step, Late(status), now - clock, self.waited), now, 0.0
                 if stopping or (step + 1) % self.save_every == 0 or step + 1 == self.steps:
                     stopping = self.finish(*late) or stopping  # nothing is saved before its steps were looked at
                     late = None
                     self.step = step + 1
                     self.save()
-                    self.clock = time.perf_counter()
+                    clock = time.perf_counter()
                     if stopping:
                         stop.signal = stop.signal or signal.SIGTERM  # another rank was asked to stop
                         return
@@ -1230,8 +1225,7 @@ class Pretraining:
             finite = torch.isfinite(total) & (finite | (self.scaler._scale >= 1))
         status = torch.stack([total, norm, (~finite).float(), torch.full((), float(bool(stop.signal)), device=self.device)])
         if self.machine.world > 1:
-            status[0] /= self.machine.world
-            status[1] /= self.machine.world  # the same everywhere, so the sum is the norm again
+            status[:2] /= self.machine.world  # the loss becomes the mean; the norm is the same everywhere, so the sum is the norm again
             dist.all_reduce(status)
         return status
 
@@ -1242,12 +1236,11 @@ class Pretraining:
         batch = next(self.batches)
         self.waited += time.perf_counter() - began
         self.skipped.note(batch)
-        self.batches_seen += 1
         return batch
 
     def next_batch(self, step, micro):
         video, noise = to_device(self.fetch(step, micro), ("video", "noise"), self.device, self.copy_stream)
-        if self.batches_seen == 1 and self.machine.rank == 0:
+        if (step, micro) == (self.sampler.steps[0], 0) and self.machine.rank == 0:
             patches = self.model.encoder.patches(video)
             target, _ = self.model.targets(patches, self.model.split(patches, self.args.mask_ratio, noise)[1])
             self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; training should get well below")
@@ -1262,7 +1255,7 @@ class Pretraining:
         if bad:
             samples = range(step * self.batch, (step + 1) * self.batch)
             names = self.names(samples)
-            self.log.row(**row | dict(loss=None, grad_norm=None, samples=[samples[0], samples[-1]], videos=names))
+            self.log.row(**row, samples=[samples[0], samples[-1]], videos=names)
             raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was saved since, all checkpoints are kept. "
                              f"The batch is in {self.out}/log.jsonl: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower --lr, or try --amp off")
         self.log.row(**row)
@@ -1309,9 +1302,9 @@ def model_arguments(args):
                                     checkpointing=args.checkpointing)
 
 
-def build(model_args):
+def build(model_args, kind=MaskedAutoencoder):
     try:
-        return MaskedAutoencoder(**model_args)
+        return kind(**model_args)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise InputError(f"no such model can be built: {str(error).splitlines()[0]}") from error
 
@@ -1362,38 +1355,27 @@ def reconstruct(args, machine):
     return 0
 
 
-class WholeVideos(Dataset):
-    """videos[i]: why the i-th file cannot be read to its end, or None."""
-
-    def __init__(self, videos):
-        self.videos = videos
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, i):
-        try:
-            with open_video(self.videos[i]) as (container, stream):
-                frames = sum(1 for _ in container.decode(stream))
-            return i, None if frames else "no frame could be decoded"
-        except (BadVideo, av.FFmpegError, OSError) as error:
-            return i, str(error) if isinstance(error, BadVideo) else f"{type(error).__name__}: {error.strerror}"
+def what_is_wrong(path):
+    """Why a file cannot be read to its end, or None."""
+    try:
+        with open_video(path) as (container, stream):
+            return None if sum(1 for _ in container.decode(stream)) else "no frame could be decoded"
+    except BadVideo as reason:
+        return str(reason)
 
 
-def check_data(args, machine):
+def check_data(args):
     """Decode every file once; name the bad ones."""
-    videos = list_videos(args.data)
+    videos, bad = list_videos(args.data), []
     workers = available_cpus() if args.workers is None else args.workers
-    loader = DataLoader(WholeVideos(videos), batch_size=None, **worker_options(workers, args.data_timeout))
-    results, bad = iter(loader), []
-    for expected in tqdm(range(len(videos)), unit="video", dynamic_ncols=True):
-        with data_errors_explained(lambda: [videos[expected]]):
-            i, reason = next(results)
+    # The workers apply collate_fn to each path.
+    reasons = iter(DataLoader(videos, batch_size=None, collate_fn=what_is_wrong, **worker_options(workers, args.data_timeout)))
+    for path in tqdm(videos, unit="video", dynamic_ncols=True):
+        with data_errors_explained(lambda: [path]):
+            reason = next(reasons)
         if reason:
-            bad.append((i, reason))
-    for i, reason in bad:
-        print(f"{videos[i]}: {reason}")
-    print(f"{len(videos)} videos, {len(bad)} bad")
+            bad.append(f"{path}: {reason}")
+    print(*bad, f"{len(videos)} videos, {len(bad)} bad", sep="\n")
     return 1 if bad else 0
 
 
@@ -1535,7 +1517,7 @@ def main(argv=None):
     if args.reconstruct:
         return reconstruct(args, machine)
     if args.check_data:
-        return check_data(args, machine)
+        return check_data(args)
     return Pretraining(args, machine).run()
 
 
@@ -1545,28 +1527,21 @@ def run_script(main):
         stream.reconfigure(errors="backslashreplace")  # the name of a file may be no text
     try:
         status = record(main)() if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
-    except InputError as error:
+    except BaseException as error:
         end_workers()
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        end_workers()
-        print("stopped by SIGINT", file=sys.stderr)
-        status = 130
-    except torch.OutOfMemoryError as error:
-        end_workers()
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum by as much, or "
-              "add --checkpointing; elsewhere choose a smaller --size", file=sys.stderr)
-        status = 1
-    except OSError as error:
-        end_workers()
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, KeyboardInterrupt):
+            said = "stopped by SIGINT"
+        elif isinstance(error, InputError):
+            said = f"error: {error}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            said = (f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum by as much, or "
+                    "add --checkpointing; elsewhere choose a smaller --size")
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            said = f"error: {error.filename or 'the folder of the run'}: {error.strerror}; make room, then run the same command"
+        else:
             raise
-        print(f"error: {error.filename or 'the folder of the run'}: {error.strerror}; make room, then run the same command", file=sys.stderr)
-        status = 1
-    except BaseException:
-        end_workers()
-        raise
+        print(said, file=sys.stderr)
     if dist.is_initialized() and status in (0, 130, 143):
         dist.destroy_process_group()
     sys.exit(status)
