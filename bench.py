@@ -28,8 +28,8 @@ from pathlib import Path
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
 from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, choose_precision, choose_workers,
-                   clip_batches, data_errors_explained, decay_groups, generate_videos, list_videos, numbers, positive, random, read_clips, run_script, shown_at,
-                   square, start, to_device, update, whole, write_video)
+                   clip_batches, data_errors_explained, decay_groups, elapsed, generate_videos, list_videos, mark, numbers, positive, precision_name, random,
+                   read_clips, run_script, shown_at, square, start, to_device, update, whole, write_video)
 
 import av
 import numpy as np
@@ -138,29 +138,12 @@ def predict(args):
 # ------------------------------------------------------------------------------------------- timing a step
 
 
-def mark(device):
-    """A point in time: on a GPU one in its own queue of work, which the clock on the wall knows nothing of."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds(begin, end):
-    """Between two marks. On a GPU this waits until the second one is reached."""
-    if isinstance(end, float):
-        return end - begin
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 def timed(work, device, times=1):
     """Seconds that one call of work() takes."""
     begin = mark(device)
     for _ in range(times):
         work()
-    return seconds(begin, mark(device)) / times
+    return elapsed(begin, mark(device)) / times
 
 
 class Run:
@@ -173,7 +156,7 @@ class Run:
         compile_reason = "the default: on a GPU, a CPU gains nothing" if args.compile is None else "as asked"
         # What was chosen stands in headings and in --json.
         args.device = name_of(self.device) + ("" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads")
-        args.amp, args.compile = str(self.dtype or torch.float32).removeprefix("torch."), self.compile
+        args.amp, args.compile = precision_name(self.dtype, self.device), self.compile
         machine.say(f"precision: {args.amp} ({reason}); compile: {self.compile} ({compile_reason})")
         torch.compiler.config.recompile_limit = 64  # every row, and every batch that was halved, is a version of one function
         torch.manual_seed(0)
@@ -447,13 +430,13 @@ def with_loading(row, videos, workers):
         video, noise = to_device(batch, ("video", "noise"), run.device, copies)
         begin = mark(run.device)
         run.step(row.loss_function, video, noise)
-        idle = seconds(end, begin)  # waits for the step before, so that we are never more than one ahead of a GPU
+        idle = elapsed(end, begin)  # waits for the step before, so that we are never more than one ahead of a GPU
         end = mark(run.device)
         if number <= warm:
             counted_from, waited = end, 0.0
         else:
             waited += idle
-    total = seconds(counted_from, end)
+    total = elapsed(counted_from, end)
     return steps * row.clips / total, waited / total
 
 

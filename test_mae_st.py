@@ -924,6 +924,26 @@ def torchrun(*command, processes=2, **options):
     return run_script("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **options)
 
 
+def test_the_log_tells_how_long_a_step_takes_and_what_share_of_it_there_was_no_batch(some_videos, tmp_path, monkeypatch):
+    """On a clock of its own: a batch takes 1 s to come, a micro-batch 2 s to compute, the update 4 s, the pictures 100 s."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def slow(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+        return slow
+    monkeypatch.setattr(train, "mark", lambda device: now[0])
+    monkeypatch.setattr(train, "clip_batches", lambda *args, make=train.clip_batches: map(taking(1, lambda batch: batch), make(*args)))
+    monkeypatch.setattr(train.Pretraining, "loss", taking(2, train.Pretraining.loss))
+    monkeypatch.setattr(train, "update", taking(4, train.update))
+    monkeypatch.setattr(train, "write_pictures", taking(100, train.write_pictures))
+    assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--save-every", "2", "--accum", "3", "--workers", "0")) == 0
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["data_wait"] == pytest.approx(3 / 13, abs=1e-6) and row["clips_per_s"] == pytest.approx(3 * 2 * 2 / 13, abs=1e-6)
+
+
 def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos, tmp_path):
     assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "4", "--workers", "1")) == 0
     first = train.Pretraining.finish

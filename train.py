@@ -824,7 +824,7 @@ def start(device_name):
     device = torch.device(device_name, local) if device_name == "cuda" else torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where --amp off
+        torch.backends.cuda.matmul.allow_tf32 = True  # for what is float32, see `precision_name`
     if world > 1:
         # torchrun keeps its store over restarts: without a prefix the new processes would look for the dead ones' addresses.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
@@ -845,6 +845,13 @@ def choose_precision(asked, device):
     if asked == "fp16" and device.type == "cpu":
         raise InputError("--amp fp16 needs a GPU; on a CPU choose bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[asked], "as asked"
+
+
+def precision_name(dtype, device):
+    """In words; GPUs from Ampere on multiply what is float32 as TF32, see `start`."""
+    if dtype is None and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return "float32 (TF32)"
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def of_all_processes(items, machine):
@@ -898,6 +905,23 @@ class StopRequest:
     def end(self, number, reason):
         os.write(2, f"\n{reason}\n".encode())
         os._exit(128 + number)
+
+
+def mark(device):
+    """A point in time: on a GPU one in its own queue of work, which the clock on the wall knows nothing of."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(begin, end):
+    """Seconds between two marks. On a GPU this waits until the second one is reached."""
+    if isinstance(end, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 class Late:
@@ -1157,7 +1181,7 @@ class Pretraining:
         say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items() if not key.endswith('_reason'))}")
         say(f"videos: {len(self.videos)}, the first as read: " + "; ".join(self.describe(i) for i in range(min(3, len(self.videos)))))
         say(self.describe_model())
-        say(f"precision: {self.dtype or 'float32'} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
+        say(f"precision: {precision_name(self.dtype, self.device)} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
             f"data workers: {self.workers} ({self.workers_reason})")
         say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) = {self.batch} videos a step, "
             f"x {args.repeat} clips = {self.batch * args.repeat} clips; batch size {args.batch_reason}")
@@ -1187,19 +1211,21 @@ class Pretraining:
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
         self.copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.log = Log(self.out, machine, self.step, self.steps)
-        clock, self.waited, late = time.perf_counter(), 0.0, None  # waited: seconds without a batch
+        late, begin = None, mark(self.device)
+        self.idle_from = begin  # since then the device has had nothing to do
         try:
             for step in self.sampler.steps:
+                self.idle = []  # (from, to) of the times in this step in which it waited for a batch
                 status = self.optimizer_step(model, step, stop)
+                end = self.idle_from = mark(self.device)
                 stopping = late is not None and self.finish(*late)  # looks at the step before, while this one runs
-                now = time.perf_counter()
-                late, clock, self.waited = (step, Late(status), now - clock, self.waited), now, 0.0
+                late, begin = (step, Late(status), begin, end, self.idle), end
                 if stopping or (step + 1) % self.save_every == 0 or step + 1 == self.steps:
                     stopping = self.finish(*late) or stopping  # nothing is saved before its steps were looked at
                     late = None
                     self.step = step + 1
                     self.save()
-                    clock = time.perf_counter()
+                    begin = self.idle_from = mark(self.device)
                     if stopping:
                         stop.signal = stop.signal or signal.SIGTERM  # another rank was asked to stop
                         return
@@ -1219,6 +1245,7 @@ class Pretraining:
                     loss = self.loss(model, *inputs) / args.accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+            self.idle_from = mark(self.device)
         norm = update(self.optimizer, self.scaler, self.model.parameters(), args.clip, total)
         finite = torch.isfinite(total + norm)
         if self.scaler.is_enabled():  # some norms overflow until the scale has come down, but not for ever
@@ -1231,10 +1258,9 @@ class Pretraining:
 
     def fetch(self, step, micro):
         """The next batch of the data workers, on the CPU."""
-        began = time.perf_counter()
         self.expected = self.sampler.samples(step, micro)
         batch = next(self.batches)
-        self.waited += time.perf_counter() - began
+        self.idle.append((self.idle_from, mark(self.device)))
         self.skipped.note(batch)
         return batch
 
@@ -1246,12 +1272,12 @@ class Pretraining:
             self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; training should get well below")
         return video, noise
 
-    def finish(self, step, late, seconds, waited):
+    def finish(self, step, late, begin, end, idle):
         """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
-        (loss, norm, bad, asked), args = late.read(), self.args
+        (loss, norm, bad, asked), args, seconds = late.read(), self.args, elapsed(begin, end)
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         row = dict(step=step + 1, epoch=(step + 1) * self.batch / len(self.videos), loss=loss, lr=self.rate(step),
-                   grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=waited / seconds, peak_mem_gb=memory)
+                   grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=sum(elapsed(*gap) for gap in idle) / seconds, peak_mem_gb=memory)
         if bad:
             samples = range(step * self.batch, (step + 1) * self.batch)
             names = self.names(samples)
