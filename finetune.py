@@ -572,7 +572,7 @@ class Finetuning(Pretraining):
 
     def row_of(self, result, views):
         """An evaluation's line of the log."""
-        return dict(step=self.step, epoch=self.step * self.batch / len(self.videos), views=f"{views[0]}x{views[1]}", **result)
+        return dict(step=self.step, epoch=self.step * self.videos_per_step / len(self.videos), views=f"{views[0]}x{views[1]}", **result)
 
     def conclude(self):
         scores = self.score(self.args.views, "evaluation")

@@ -259,7 +259,8 @@ def read_clips(path, clips, size):
 def prepare(stream, clips, size):
     """A renderer per clip, and room for what they render: (R, T, H, W, 3)."""
     aspect = float(stream.sample_aspect_ratio or 0) or 1.0
-    return [Renderer(clip, size, aspect) for clip in clips], np.empty((len(clips), len(clips[0].times(np.zeros(1))), *size, 3), np.uint8)
+    T = len(clips[0].times(np.zeros(1)))  # whatever the video's length, a clip has as many frames
+    return [Renderer(clip, size, aspect) for clip in clips], np.empty((len(clips), T, *size, 3), np.uint8)
 
 
 def render(frame, places, renderers, out):
@@ -434,7 +435,7 @@ def videos_in_list(file):
 
 
 def random(*numbers):
-    """A generator that depends on these numbers and nothing else. The second one keeps uses apart (below)."""
+    """A generator that depends on these numbers and nothing else. In training the second one keeps uses apart (below)."""
     return np.random.default_rng(numbers)
 
 
@@ -1054,9 +1055,9 @@ class Pretraining:
         self.args, self.machine, self.out = args, machine, Path(args.out)
         self.device = machine.device
         self.videos = self.find_videos()
-        self.batch = args.batch_size * args.accum * machine.world  # videos a step
-        self.steps = args.steps or math.ceil(args.epochs * len(self.videos) / self.batch)
-        self.peak_lr = args.lr * self.batch / 512
+        self.videos_per_step = args.batch_size * args.accum * machine.world
+        self.steps = args.steps or math.ceil(args.epochs * len(self.videos) / self.videos_per_step)
+        self.peak_lr = args.lr * self.videos_per_step / 512
         self.save_every = args.save_every or math.ceil(self.steps / 20)
         self.dtype, self.precision_reason = choose_precision(args.amp, self.device)
         self.workers, self.workers_reason = choose_workers(args.workers, self.device, machine.ranks_here)
@@ -1096,7 +1097,8 @@ class Pretraining:
     def identity(self):
         """The arguments that decide what is computed, for a look at them on resuming."""
         names = {name: getattr(self.args, name) for name in self.DECIDES.split()}
-        return names | dict(precision=str(self.dtype), steps=self.steps, videos_per_step=self.batch, videos=len(self.videos), checksum_of_list=self.videos.checksum())
+        return names | dict(precision=str(self.dtype), steps=self.steps, videos_per_step=self.videos_per_step, videos=len(self.videos),
+                            checksum_of_list=self.videos.checksum())
 
     def state(self):
         return dict(step=self.step, identity=self.identity(), world=self.machine.world, model_args=self.model_args, model=self.model.state_dict(),
@@ -1183,11 +1185,11 @@ class Pretraining:
         say(self.describe_model())
         say(f"precision: {precision_name(self.dtype, self.device)} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
             f"data workers: {self.workers} ({self.workers_reason})")
-        say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) = {self.batch} videos a step, "
-            f"x {args.repeat} clips = {self.batch * args.repeat} clips; batch size {args.batch_reason}")
-        if self.batch > len(self.videos):
-            say(f"a step takes more videos than there are: each is taken about {self.batch / len(self.videos):.1f} times a step, as different clips")
-        passes = self.steps * self.batch / len(self.videos)
+        say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) = {self.videos_per_step} videos a step, "
+            f"x {args.repeat} clips = {self.videos_per_step * args.repeat} clips; batch size {args.batch_reason}")
+        if self.videos_per_step > len(self.videos):
+            say(f"a step takes more videos than there are: each is taken about {self.videos_per_step / len(self.videos):.1f} times a step, as different clips")
+        passes = self.steps * self.videos_per_step / len(self.videos)
         say(f"length: {self.steps} steps = {passes:.1f} passes over the list = {passes * args.repeat:.1f} effective epochs, warm-up {args.warmup * self.steps:.0f} steps; "
             f"lr {args.lr:g} x {self.peak_lr / args.lr * 512:.0f} / 512 = {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
 
@@ -1276,10 +1278,10 @@ class Pretraining:
         """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
         (loss, norm, bad, asked), args, seconds = late.read(), self.args, elapsed(begin, end)
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        row = dict(step=step + 1, epoch=(step + 1) * self.batch / len(self.videos), loss=loss, lr=self.rate(step),
-                   grad_norm=norm, clips_per_s=self.batch * args.repeat / seconds, data_wait=sum(elapsed(*gap) for gap in idle) / seconds, peak_mem_gb=memory)
+        row = dict(step=step + 1, epoch=(step + 1) * self.videos_per_step / len(self.videos), loss=loss, lr=self.rate(step), grad_norm=norm,
+                   clips_per_s=self.videos_per_step * args.repeat / seconds, data_wait=sum(elapsed(*gap) for gap in idle) / seconds, peak_mem_gb=memory)
         if bad:
-            samples = range(step * self.batch, (step + 1) * self.batch)
+            samples = range(step * self.videos_per_step, (step + 1) * self.videos_per_step)
             names = self.names(samples)
             self.log.row(**row, samples=[samples[0], samples[-1]], videos=names)
             raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was saved since, all checkpoints are kept. "
