@@ -468,8 +468,10 @@ def test_packets_that_nothing_depends_on_are_not_decoded(tmp_path):
     assert len(decoded) <= 12, f"{len(decoded)} frames were decoded"
 
 
-def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clips(tmp_path, monkeypatch):
-    path = encode(tmp_path / "a.mp4", natural_frames(48), options=X264 | {"x264-params": "keyint=12:bframes=3"})
+@pytest.mark.parametrize("name", ["H.264, closed groups", "MPEG-4 in AVI"])
+def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clips(name, tmp_path, monkeypatch):
+    file, codec, options, _ = CODECS[name]
+    path = encode(tmp_path / file, natural_frames(48), codec, options=options)
     clips = [FixedClip(start + np.arange(4) / 10) for start in (0.2, 1.1)]
     held = train.read_clips(path, clips, (48, 64))
     monkeypatch.setattr(train, "HELD_BYTES", 0)

@@ -66,7 +66,7 @@ SAFE_OPEN = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg
 # Tags that are no UTF-8: PyAV 18 (the last for Python 3.11) would refuse the file, 19 takes them as they are.
 TAGS = {"metadata_errors": "ignore"} if av.__version__.startswith("18.") else {}
 MAX_PIXELS = 2**25  # 8K video has 33.2 million
-HELD_BYTES = 2**26  # larger files are read twice instead of held in memory
+HELD_BYTES = 2**26  # larger files, and frames that come to more, are read twice instead of held in memory
 SLACK = 1e-3  # s; Matroska rounds time stamps to milliseconds
 
 
@@ -294,9 +294,16 @@ def read_needed(path, clips, size):
 
 
 def read_plainly(path, clips, size):
-    """`read_clips` for any file: decode it all to learn when its frames are shown, then again to take the wanted ones."""
+    """`read_clips` for any file: decode it all to learn when its frames are shown, then take the wanted ones; where the frames
+    are too large to hold, from a second decode."""
     with open_video(path) as (container, stream):
-        pts = [frame.pts for frame in container.decode(stream)]
+        pts, held, room = [], [], HELD_BYTES
+        for frame in container.decode(stream):
+            pts.append(frame.pts)
+            room -= sum(plane.buffer_size for plane in frame.planes)
+            held.append(frame)
+            if room < 0:
+                held.clear()
         if not pts:
             raise BadVideo("no frame could be decoded")
         if None in pts or any(b <= a for a, b in zip(pts, pts[1:])):  # no usable time stamps: frames are shown at an even rate
@@ -306,7 +313,7 @@ def read_plainly(path, clips, size):
     wanted = wanted_frames(clips, seconds)
     with open_video(path) as (container, stream):
         renderers, out = prepare(stream, clips, size)
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(held or container.decode(stream)):
             if number in wanted:
                 render(frame, wanted.pop(number), renderers, out)
             if not wanted:
