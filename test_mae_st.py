@@ -1162,6 +1162,17 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(some_vide
     assert (tmp_path / "last.pt").read_bytes() == good and not list(tmp_path.glob("*.unfinished"))
 
 
+def test_a_data_worker_that_dies_while_a_checkpoint_is_written_is_not_taken_for_a_full_disk(some_videos, tmp_path, monkeypatch):
+    def torchs_handler(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+    assert train.main(arguments(some_videos, tmp_path, "--steps", "4")) == 0
+    monkeypatch.setattr(torch, "save", torchs_handler)
+    (tmp_path / "last.pt").unlink()  # back to step 2
+    with pytest.raises(train.InputError, match="the data workers gave no batch: DataLoader worker .* is killed"):
+        train.main(arguments(some_videos, tmp_path, "--steps", "4"))
+    assert sorted(path.name for path in tmp_path.glob("last*")) == ["last-1.pt"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(some_videos, tmp_path, monkeypatch):
     forward = MaskedAutoencoder.forward
     calls = iter(range(100))

@@ -753,6 +753,8 @@ def save_checkpoint(folder, content, keep, name="last"):
         os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         unfinished.unlink(missing_ok=True)
+        if "DataLoader" in str(error):  # a worker has died meanwhile, which a signal handler tells at any time
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"no checkpoint could be written to {folder}: {reason}; the ones there are untouched. Make room, then run the same command") from error
 
