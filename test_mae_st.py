@@ -357,6 +357,7 @@ def encode(path, frames, codec="libx264", rate=30, options=None, pix_fmt="yuv420
         others = before(container) if before else []
         stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        stream.codec_context.thread_count = 1  # libvpx's threads wait for each other in loops: for minutes, on a busy machine
         if pts is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         if aspect:
@@ -417,11 +418,11 @@ CODECS = {
     "H.264, start codes": ("a.ts", "libx264", X264 | {"x264-params": "keyint=12:bframes=3"}, "yuv420p"),
     "H.264, 10 bit": ("a.mp4", "libx264", X264 | {"x264-params": "keyint=12:bframes=3"}, "yuv420p10le"),
     "H.264, 4:4:4": ("a.mp4", "libx264", X264 | {"x264-params": "keyint=12:bframes=3"}, "yuv444p"),
-    "HEVC": ("a.mp4", "libx265", {"x265-params": "keyint=12:bframes=4:log-level=none", "preset": "fast"}, "yuv420p"),
-    "HEVC, open groups, layers": ("a.mkv", "libx265", {"x265-params": "keyint=12:open-gop=1:temporal-layers=2:bframes=4:log-level=none", "preset": "fast"}, "yuv420p"),
+    "HEVC": ("a.mp4", "libx265", {"x265-params": "keyint=12:bframes=4:pools=none:log-level=none", "preset": "fast"}, "yuv420p"),
+    "HEVC, open groups, layers": ("a.mkv", "libx265", {"x265-params": "keyint=12:open-gop=1:temporal-layers=2:bframes=4:pools=none:log-level=none", "preset": "fast"}, "yuv420p"),
     "VP9": ("a.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "6", "auto-alt-ref": "1", "lag-in-frames": "10"}, "yuv420p"),
     "VP8": ("a.webm", "libvpx", {"g": "12", "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "10"}, "yuv420p"),
-    "AV1": ("a.mkv", "libsvtav1", {"g": "12", "preset": "10", "svtav1-params": "irefresh-type=1"}, "yuv420p"),
+    "AV1": ("a.mkv", "libsvtav1", {"g": "12", "preset": "10", "svtav1-params": "irefresh-type=1:lp=1"}, "yuv420p"),
     "MPEG-4 in AVI": ("a.avi", "mpeg4", {"g": "12", "bf": "2", "b": "300k"}, "yuv420p"),
     "MPEG-4 in MP4": ("a.mp4", "mpeg4", {"g": "12", "bf": "2", "b": "300k"}, "yuv420p"),
     "MPEG-2": ("a.mpg", "mpeg2video", {"g": "12", "bf": "2", "b": "600k"}, "yuv420p"),
