@@ -27,9 +27,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
-from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, choose_precision, choose_workers,
-                   clip_batches, data_errors_explained, decay_groups, elapsed, generate_videos, list_videos, mark, numbers, positive, precision_name, random,
-                   read_clips, run_script, shown_at, square, start, to_device, update, whole, write_video)
+from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between,
+                   choose_precision, choose_workers, clip_batches, data_errors_explained, decay_groups, elapsed, generate_videos,
+                   list_videos, mark, positive, precision_name, random, read_clips, run_script, shown_at, square, start, three_sizes,
+                   to_device, update, whole, write_video)
 
 import av
 import numpy as np
@@ -176,7 +177,8 @@ class Run:
         model = self.model
         units = len(model.encoder.blocks) * model.decoder_embed.in_features * encoder_tokens
         units += len(model.decoder_blocks) * model.decoder_embed.out_features * math.prod(model.encoder.grid)
-        kept = units * (80 if self.dtype is None else 40)  # about so many bytes per token, block and unit of width wait for the backward pass
+        # About so many bytes per token, block and unit of width wait for the backward pass.
+        kept = units * (80 if self.dtype is None else 40)
         # Half of a GPU's memory. On a CPU time sets the limit: with 0.75 GB the default table takes one to two minutes on two cores.
         budget = torch.cuda.get_device_properties(self.device).total_memory / 2 if self.device.type == "cuda" else 0.75e9
         return 2 ** max(0, math.floor(math.log2(budget / (kept * self.args.repeat))))
@@ -203,7 +205,8 @@ class Row:
 
     def step(self):
         noise = mask_noise(self.run.args.strategy, self.clips, self.run.model.encoder.grid, device=self.device)
-        self.run.step(self.loss_function, self.run.video[:self.clips], noise.contiguous())  # as from the loader, so nothing is compiled twice
+        # Contiguous, as from the loader, so that nothing is compiled twice.
+        self.run.step(self.loss_function, self.run.video[:self.clips], noise.contiguous())
 
     def warm_up(self):
         """The first steps, compiling included; none of them counts."""
@@ -234,7 +237,8 @@ def fit(row):
 
 
 # Names of kernels, or of operators. Inductor's fused kernels carry the names of what they stand beside.
-MATRIX = re.compile(r"^triton_tem_|^(?!triton_).*(gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated|cudnn::fusion|splitkreduce)", re.IGNORECASE)
+MATRIX = re.compile(r"^triton_tem_|^(?!triton_).*(gemm|mm$|cutlass|nvjet|flash|attention|fmha|cudnn_generated|cudnn::fusion|splitkreduce)",
+                    re.IGNORECASE)
 
 
 def profile(args):
@@ -251,16 +255,19 @@ def profile(args):
             row.step()
         if gpu:
             torch.cuda.synchronize()
-    found = [(event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total) for event in profiler.key_averages()
-             if not gpu or event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]  # on a GPU its kernels, on a CPU operators
+    events = profiler.key_averages()  # of operators, and on a GPU of its kernels, which are what counts there
+    if gpu:
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+    found = [(event.key, event.count, event.self_device_time_total if gpu else event.self_cpu_time_total) for event in events]
     total = sum(microseconds for _, _, microseconds in found)
     if not total:
         raise InputError("--profile: the profiler saw nothing run; on a GPU it needs CUPTI, and permission for it")
     rows = [dict(name=name[:60].replace("|", "/"), ms=microseconds / steps / 1e3, share=microseconds / total, calls=count / steps,
-                 matrix="yes" if MATRIX.search(name) else "") for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
+                 matrix="yes" if MATRIX.search(name) else "")
+            for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
     others = sum(microseconds for name, _, microseconds in found if not MATRIX.search(name)) / total
-    return [f"{headline(args)} {describe(args, model)} {line['name']} hidden, {row.clips} clips a step: {others:.0%} of the time is neither matrix "
-            f"product nor attention."], PROFILE, rows
+    return [f"{headline(args)} {describe(args, model)} {line['name']} hidden, {row.clips} clips a step: "
+            f"{others:.0%} of the time is neither matrix product nor attention."], PROFILE, rows
 
 
 def random_video(clips, args, device):
@@ -289,8 +296,8 @@ def results(rows, product_tflops):
     table = []
     for row in rows:
         step = statistics.median(row.times)
-        table.append(row.line | dict(clips=row.clips, step_ms=step * 1e3, step_ms_min=min(row.times) * 1e3, step_ms_max=max(row.times) * 1e3,
-                                     clips_per_s=row.clips / step, peak_mem_gb=row.memory))
+        table.append(row.line | dict(clips=row.clips, clips_per_s=row.clips / step, peak_mem_gb=row.memory, step_ms=step * 1e3,
+                                     step_ms_min=min(row.times) * 1e3, step_ms_max=max(row.times) * 1e3))
     for line in table:
         line["speedup"] = line["clips_per_s"] / table[0]["clips_per_s"]
         line["measured_over_predicted"] = line["speedup"] / line["predicted_speedup"]
@@ -406,8 +413,9 @@ def loading(args):
     if not rows:
         raise InputError(f"--loader {args.loader}: none of the {len(chosen)} files tried can be read both ways; give another folder")
     rates = [time_workers(videos, args, workers) for workers in (1, 2)]
-    heading = [f"{args.repeat} x ({args.frames} frames, stride {args.stride:g}) at {args.size[0]} x {args.size[1]} from each file, on one core, PyAV {av.__version__}; "
-               f"median of {args.rounds} rounds, both ways in turn. Straightforward: decode the whole file once, every frame to RGB, index, crop, `F.interpolate`.",
+    heading = [f"{args.repeat} x ({args.frames} frames, stride {args.stride:g}) at {args.size[0]} x {args.size[1]} from each file, "
+               f"on one core, PyAV {av.__version__}; median of {args.rounds} rounds, both ways in turn. "
+               "Straightforward: decode the whole file once, every frame to RGB, index, crop, `F.interpolate`.",
                f"Ratio: {statistics.median(row['ratio'] for row in rows):.2f}x, median over the files. "
                f"A DataLoader gives {rates[0]:.1f} clips/s with 1 worker, {rates[1]:.1f} with 2."]
     return heading, LOADING, [row | dict(clips_per_s_1_worker=rates[0], clips_per_s_2_workers=rates[1]) for row in rows]
@@ -448,22 +456,27 @@ SETTINGS = {
     "ratio-0.75": "--mask-ratio 0.75", "ratio-0.9": "--mask-ratio 0.9", "ratio-0.95": "--mask-ratio 0.95",
     "tube": "--strategy tube", "frame": "--strategy frame", "block": "--strategy block",
     "norm-pix": "--norm-pix",
-    "repeat-1": "--repeat 1 --batch-size 32 --lr 0.096", "repeat-2": "--repeat 2 --batch-size 16 --lr 0.192",  # as many clips at the same rate
+    # As many clips at the same rate:
+    "repeat-1": "--repeat 1 --batch-size 32 --lr 0.096", "repeat-2": "--repeat 2 --batch-size 16 --lr 0.192",
 }
 # Another task on the same videos, told by looks: the colour of the shapes. As many clips as pre-training sees.
-SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny --frames 8 --size 32 "
-              "--patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 --layer-decay 1 --drop-path 0 --dropout 0 "
-              "--mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 --views 3x1")
+SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny "
+              "--frames 8 --size 32 --patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 "
+              "--layer-decay 1 --drop-path 0 --dropout 0 --mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 "
+              "--views 3x1")
 PER_CLASS = 3, 5, 10  # labels of each class to fine-tune with; for settings not in STUDIED the middle one
-STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}", "scratch": "none, from scratch",
-           "colours": "supervised: colour of the shapes"}
+STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}",
+           "scratch": "none, from scratch", "colours": "supervised: colour of the shapes"}
 
 
 def miniature_chains(args):
     """The runs, as chains of dicts (setting, seed, labels, steps, command): a pre-training, then what is fine-tuned from it."""
     demos = zlib.crc32(json.dumps([DEMO, finetune.DEMO]).encode())  # what the commands leave to the scripts
-    tail = ("" if args.device == "auto" else f" --device {args.device}") + ("" if args.jobs == 1 else " --workers 0")
-    tail, folder = tail + (f" --steps {args.steps}" if args.steps else ""), f"runs/miniature-{demos:x}" + (f"-{args.steps}-steps" if args.steps else "")
+    folder, tail = f"runs/miniature-{demos:x}", "" if args.device == "auto" else f" --device {args.device}"
+    if args.jobs > 1:
+        tail += " --workers 0"
+    if args.steps:
+        folder, tail = f"{folder}-{args.steps}-steps", f"{tail} --steps {args.steps}"
     for seed in range(args.seeds):
         for setting in STUDIED | SETTINGS:
             out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps, demos=demos)
@@ -489,19 +502,23 @@ def run_chain(chain, done, args, stop):
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
         resumed, began = (out / "last.pt").exists(), time.perf_counter()
+        process = [sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]]
+        environment = os.environ | ({} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"})
         with open(f"{out}.txt", "w") as said:
-            status = subprocess.run([sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]], stdout=said, stderr=subprocess.STDOUT,
-                                    env=os.environ | ({} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"})).returncode
+            status = subprocess.run(process, stdout=said, stderr=subprocess.STDOUT, env=environment).returncode
         if status:
-            raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. What has ended well is kept")
+            raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. "
+                             "What has ended well is kept")
         if run_of(line) in done:
             continue
         logged = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
         rows, results = [row for row in logged if "loss" in row], [row for row in logged if "views" in row]
-        line |= dict(loss=statistics.mean(row["loss"] for row in rows[-50:]), clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
+        line |= dict(loss=statistics.mean(row["loss"] for row in rows[-50:]),
+                     clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
         if results:
             line |= dict(videos=results[-1]["videos"], top1=results[-1]["val_acc1"])
-        line |= dict(seconds=None if resumed else time.perf_counter() - began, jobs=args.jobs, torch=torch.__version__, machine=args.machine)
+        line |= dict(seconds=None if resumed else time.perf_counter() - began,
+                     jobs=args.jobs, torch=torch.__version__, machine=args.machine)
         with open(args.miniature, "a") as lines:
             lines.write(json.dumps(line) + "\n")
         print(f"{line['setting']}, {line['labels'] or 'no'} labels, seed {line['seed']}: loss {line['loss']:.4f}"
@@ -543,29 +560,32 @@ def miniature(args):
             print("waiting for the runs under way")  # after Ctrl-C they save and end
             raise
     lines = [line for line in read_lines(args.miniature) if run_of(line) in wanted]
-    heading = (f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; chance is 12.5 %. "
-               f"Speed: clips/s of pre-training, loading included, relative to the first row.")
-    return [heading], {"pre-training": "{name}"} | {f"{8 * n} labels": f"{{labels_{8 * n}}}" for n in PER_CLASS} | {"speed": "{speed}"}, \
-        [summary(setting, lines) for setting in STUDIED | SETTINGS]
+    heading = (f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; "
+               "chance is 12.5 %. Speed: clips/s of pre-training, loading included, relative to the first row.")
+    columns = {"pre-training": "{name}"} | {f"{8 * n} labels": f"{{labels_{8 * n}}}" for n in PER_CLASS} | {"speed": "{speed}"}
+    return [heading], columns, [summary(setting, lines) for setting in STUDIED | SETTINGS]
 
 
 def summary(setting, lines):
     """A row of the miniature's table, every cell as it is printed."""
+    def of(key, setting, labels):
+        return [line[key] for line in lines if (line["setting"], line["labels"]) == (setting, labels)]
+
     row = dict(name=STUDIED.get(setting) or SETTINGS[setting])
     for labels in (8 * n for n in PER_CLASS):
-        found = [line["top1"] for line in lines if (line["setting"], line["labels"]) == (setting, labels)]
+        found = of("top1", setting, labels)
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         row[f"labels_{labels}"] = f"{statistics.mean(found):.1f}{spread}" if found else ""
-    rates = {which: [line["clips_per_s"] for line in lines if (line["setting"], line["labels"]) == (which, None)] for which in (setting, "mae")}
-    known = all(rates.values()) and setting in SETTINGS and len({(line["machine"], line["jobs"]) for line in lines}) == 1
-    row["speed"] = f"{statistics.median(rates[setting]) / statistics.median(rates['mae']):.2f}x" if known else ""
+    ours, first = of("clips_per_s", setting, None), of("clips_per_s", "mae", None)
+    known = ours and first and setting in SETTINGS and len({(line["machine"], line["jobs"]) for line in lines}) == 1
+    row["speed"] = f"{statistics.median(ours) / statistics.median(first):.2f}x" if known else ""
     return row
 
 
 # --------------------------------------------------------------------------------------- tables and chart
 
-ARITHMETIC = {"hidden": "{name}", "visible tokens": "{visible_tokens}", "GMACs, encoder + decoder": "{gmacs_encoder:.4g} + {gmacs_decoder:.4g}",
-              "predicted speedup": "{predicted_speedup:.2f}x"}
+ARITHMETIC = {"hidden": "{name}", "visible tokens": "{visible_tokens}",
+              "GMACs, encoder + decoder": "{gmacs_encoder:.4g} + {gmacs_decoder:.4g}", "predicted speedup": "{predicted_speedup:.2f}x"}
 AS_PAPER = {"sum": "{gmacs:.1f}", "sum, all patches embedded": "{gmacs_as_paper:.1f}"}
 MEASURED = {"clips a step": "{clips}", "step, ms": "{step_ms:.0f} ({step_ms_min:.0f} to {step_ms_max:.0f})", "clips/s": "{clips_per_s:.3g}",
             "speedup": "{speedup:.2f}x", "measured / predicted": "{measured_over_predicted:.2f}", "TFLOP/s": "{tflops:.3g}",
@@ -573,8 +593,8 @@ MEASURED = {"clips a step": "{clips}", "step, ms": "{step_ms:.0f} ({step_ms_min:
 MEMORY = {"peak memory": "{peak_mem_gb:.1f} GB"}
 LOADED = {"load + compute, clips/s": "{load_compute_clips_per_s:.3g}", "load + compute, speedup": "{load_compute_speedup:.2f}x",
           "waiting for data": "{data_wait:.0%}"}
-LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.1f}", "straightforward": "{straightforward_clips_per_s:.1f}",
-           "ratio": "{ratio:.2f}x"}
+LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.1f}",
+           "straightforward": "{straightforward_clips_per_s:.1f}", "ratio": "{ratio:.2f}x"}
 PROFILE = {"kernel": "{name}", "ms a step": "{ms:.3f}", "share": "{share:.1%}", "calls": "{calls:g}", "matrix": "{matrix}"}
 
 
@@ -590,7 +610,8 @@ def chart(rows):
     """Speedup against masking ratio as SVG, in colours that show on light and on dark pages. Rings: the paper's, where the
     row of 90 % has the arithmetic of its ViT-L."""
     rows = sorted((row for row in rows if not row["dense"]), key=lambda row: row["mask_ratio"])
-    series = [("predicted", "predicted_speedup", "#888"), ("compute", "speedup", "#3584e4"), ("load + compute", "load_compute_speedup", "#e0701a")]
+    series = [("predicted", "predicted_speedup", "#888"), ("compute", "speedup", "#3584e4"),
+              ("load + compute", "load_compute_speedup", "#e0701a")]
     series = sorted((line for line in series if line[1] in rows[0]), key=lambda line: -rows[-1][line[1]])
     paper_row = next((row for row in rows if row["mask_ratio"] == 0.9 and round(row["gmacs_as_paper"], 1) == 81.6), None)
     top = 1.08 * max(row[key] for row in rows for _, key, _ in series)
@@ -601,16 +622,18 @@ def chart(rows):
     step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if top / step <= 8)
     for tick in range(int(top / step) + 1):
         y = 320 - 280 * tick * step / top
-        out.append(f'<path d="M55 {y:.1f}H485" stroke="#888" stroke-opacity="0.35"/><text x="48" y="{y + 5:.1f}" text-anchor="end">{tick * step:g}x</text>')
+        out.append(f'<path d="M55 {y:.1f}H485" stroke="#888" stroke-opacity="0.35"/>'
+                   f'<text x="48" y="{y + 5:.1f}" text-anchor="end">{tick * step:g}x</text>')
     out += [f'<text x="{x:.1f}" y="342" text-anchor="middle">{row["name"]}</text>' for x, row in zip(across, rows)]
     name_at = 0
     for name, key, colour in series:
         points = [(x, 320 - 280 * row[key] / top) for x, row in zip(across, rows)]
-        dashes = ' stroke-dasharray="6 5"' if name == "predicted" else ""
-        out.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}/>')
+        dashes, line = ' stroke-dasharray="6 5"' if name == "predicted" else "", " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2.5"{dashes}/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in points]
         if paper_row:
-            out.append(f'<circle cx="{across[rows.index(paper_row)]:.1f}" cy="{320 - 280 * PAPER[key] / top:.1f}" r="7" fill="none" stroke="{colour}" stroke-width="2"/>')
+            x, y = across[rows.index(paper_row)], 320 - 280 * PAPER[key] / top
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="none" stroke="{colour}" stroke-width="2"/>')
         name_at = max(name_at + 18, points[-1][1] + 5)  # beside the last point, and never on another name
         out.append(f'<text x="484" y="{name_at:.1f}" fill="{colour}">{name} {rows[-1][key]:.1f}x</text>')
     if paper_row:
@@ -634,14 +657,15 @@ def describe(args, model):
     """The model and its input, for a heading."""
     (frames, height, width), patch = model.encoder.video_size, "x".join(map(str, args.patch))
     part = "" if args.decode_ratio == 1 else f", {args.decode_ratio:.4g} of the hidden tokens decoded (dense: all)"
-    return (f"Model {args.model}, decoder {model.decoder_embed.out_features} x {len(model.decoder_blocks)}{part}; {frames} frames of {height} x {width}, "
-            f"patch {patch}; {args.strategy} masks.")
+    return (f"Model {args.model}, decoder {model.decoder_embed.out_features} x {len(model.decoder_blocks)}{part}; "
+            f"{frames} frames of {height} x {width}, patch {patch}; {args.strategy} masks.")
 
 
 def flops(args):
     """--flops: heading, columns and rows."""
     model, rows = predict(args)
-    note = "Forward multiply-adds of one clip as we run it, only visible patches embedded; last column: all of them, as in Table 1 of the paper."
+    note = ("Forward multiply-adds of one clip as we run it, only visible patches embedded; "
+            "last column: all of them, as in Table 1 of the paper.")
     return [describe(args, model), note], ARITHMETIC | AS_PAPER, rows
 
 
@@ -658,15 +682,17 @@ def speed(args):
     table, columns = results(rows, product), ARITHMETIC | MEASURED | (MEMORY if gpu else {})
     heading = [
         f"{headline(args)} {describe(args, model)}",
-        f"A step is forward, backward, clipping and AdamW on random video. Batch: {f'{args.batch_size} videos' if args.batch_size else 'grows with the ratio'}, "
-        f"clips from each: {args.repeat}. Times: median (least to most) of {args.rounds} rounds through all rows. TFLOP/s: a step counted as three forward passes; "
+        f"A step is forward, backward, clipping and AdamW on random video. "
+        f"Batch: {f'{args.batch_size} videos' if args.batch_size else 'grows with the ratio'}, clips from each: {args.repeat}. "
+        f"Times: median (least to most) of {args.rounds} rounds through all rows. TFLOP/s: a step counted as three forward passes; "
         f"a matrix product reaches {product:.3g}. Dense: the encoder sees a learned token for each hidden one."]
     if videos:
         workers, reason = choose_workers(args.workers, machine.device, 1)
         for line, row in zip(table, rows):
             line["load_compute_clips_per_s"], line["data_wait"] = with_loading(row, videos, workers)
             line["load_compute_speedup"] = line["load_compute_clips_per_s"] / table[0]["load_compute_clips_per_s"]
-        heading.append(f"Load + compute: the same step, row after row, on clips of {len(videos)} videos, stride {args.stride:g}; data workers: {workers} ({reason}).")
+        heading.append(f"Load + compute: the same step, row after row, on clips of {len(videos)} videos, stride {args.stride:g}; "
+                       f"data workers: {workers} ({reason}).")
         columns |= LOADED
     return heading, columns, table
 
@@ -676,21 +702,21 @@ def parse_arguments(argv=None):
     what = parser.add_argument_group("what to measure (default: the table of steps)").add_mutually_exclusive_group()
     what.add_argument("--flops", action="store_true", help="only the arithmetic")
     what.add_argument("--loader", metavar="FOLDER", nargs="?", const="", help="only reading clips; generated files without a folder")
-    what.add_argument("--end-to-end", metavar="FOLDER", nargs="?", const="", help="also loading + computing; generated files without a folder")
-    what.add_argument("--profile", metavar="RATIO", type=float, nargs="?", const=0.9, help="where the time of a step goes, at this masking ratio (0.9)")
+    what.add_argument("--end-to-end", metavar="FOLDER", nargs="?", const="", help="also load + compute; generated files without a folder")
+    what.add_argument("--profile", metavar="RATIO", type=float, nargs="?", const=0.9, help="where a step's time goes, at this ratio (0.9)")
     what.add_argument("--miniature", metavar="FILE", help="the paper's findings in small; every run that ends adds its line to FILE")
     model = parser.add_argument_group("model and input")
     model.add_argument("--model", choices=SIZES, help="size (default: large, on a CPU small)")
-    model.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9, 0.95], help="shares of the tokens that are hidden, one row each")
+    model.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9, 0.95], help="shares of the tokens hidden, one row each")
     model.add_argument("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
     model.add_argument("--decoder-width", type=whole, help="default: the model's, 512 from base on")
     model.add_argument("--decoder-depth", type=whole, help="blocks (default: the model's, 4 from small on)")
-    model.add_argument("--decode-ratio", type=between(0.01, 1), default=1.0, help="share of the hidden tokens that is decoded; the dense row decodes all")
+    model.add_argument("--decode-ratio", type=between(0.01, 1), default=1.0, help="share of the hidden tokens that is decoded (dense: all)")
     model.add_argument("--frames", type=whole, default=16, help="frames of a clip")
     model.add_argument("--size", type=square, default=(224, 224), help="height and width of a clip, in pixels: 224 or 192x256")
-    model.add_argument("--patch", type=numbers((3,), "three sizes such as 2x16x16 (frames x height x width)"), default=(2, 16, 16), help="frames x height x width of a patch")
+    model.add_argument("--patch", type=three_sizes, default=(2, 16, 16), help="frames x height x width of a patch")
     step = parser.add_argument_group("step")
-    step.add_argument("--batch-size", type=whole, help="videos a step (default: per row, what fits, by memory on a GPU and by time on a CPU)")
+    step.add_argument("--batch-size", type=whole, help="videos a step (default: per row, by memory on a GPU, by time on a CPU)")
     step.add_argument("--repeat", type=whole, help="clips per video (default: 4 where videos are read, else 1)")
     step.add_argument("--rounds", type=whole, default=5, help="measurements of each row or file")
     step.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute")
@@ -701,7 +727,7 @@ def parse_arguments(argv=None):
     data.add_argument("--workers", type=between(0, 1024, int), help="data worker processes of --end-to-end (default: from the CPUs)")
     small = parser.add_argument_group("miniature")
     small.add_argument("--seeds", type=whole, default=3, help="runs of each setting")
-    small.add_argument("--jobs", type=whole, help="runs side by side, each with one thread (default: as many as CPUs; one, with all threads, on a GPU)")
+    small.add_argument("--jobs", type=whole, help="runs side by side, each with one thread (default: one per CPU; on a GPU one)")
     small.add_argument("--steps", type=whole, help="optimizer steps of every run, to try it out (default: the scripts' own)")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write every row with all settings")
@@ -713,7 +739,8 @@ def complete(args):
     """Check what argparse cannot, and fill in what depends on other arguments."""
     args.ratios = sorted(set(args.ratios))
     if args.chart and (args.loader is not None or args.miniature or args.profile is not None):
-        raise InputError("--chart draws speedup against masking ratio, of which --loader, --profile and --miniature have none; leave one of the two out")
+        raise InputError("--chart draws speedup against masking ratio, of which --loader, --profile and --miniature have none; "
+                         "leave one of the two out")
     if args.flops:
         args.model = args.model or "large"
     args.repeat = args.repeat or (1 if args.loader is None and args.end_to_end is None else 4)
@@ -731,8 +758,9 @@ def main(argv=None):
     complete(args)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what train.py prints is no part of the table
-            heading, columns, rows = (flops(args) if args.flops else miniature(args) if args.miniature else profile(args) if args.profile is not None else
-                                    speed(args) if args.loader is None else loading(args))
+            command = (flops if args.flops else miniature if args.miniature else profile if args.profile is not None else
+                       loading if args.loader is not None else speed)
+            heading, columns, rows = command(args)
     except torch.OutOfMemoryError as error:
         raise InputError("out of memory while measuring; give a smaller --batch-size, --model or --size") from error
     print("\n\n".join([*heading, markdown(columns, rows)]))

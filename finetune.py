@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
-from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, build, choose_precision, choose_workers, clip_batches,
-                   complete, count, data_errors_explained, demo_videos, in_flags, learning_rate, list_videos, load_init, load_weights, make_folder, numbers,
-                   of_all_processes, positive, random, read_clips, run_script, save_checkpoint, shared_arguments, start, to_device, whole)
+from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, build, choose_precision,
+                   choose_workers, clip_batches, complete, count, data_errors_explained, demo_videos, in_flags, learning_rate,
+                   list_videos, load_init, load_weights, make_folder, numbers, of_all_processes, positive, random, read_clips,
+                   run_script, save_checkpoint, shared_arguments, start, to_device, whole)
 from train import DEMO as PRETRAINING_DEMO
 
 import numpy as np
@@ -66,7 +67,8 @@ class View:
         self.offsets = np.arange(frames) * stride / 30  # s
 
     def times(self, seconds):
-        """(T,), for frames that come up at seconds (n,). Clip i starts at i * floor((frames - span) / (K - 1)), as in the paper's code, a frame being 1/30 s."""
+        """(T,), for frames that come up at seconds (n,). Clip i starts at i * floor((frames - span) / (K - 1)), as in the paper's
+        code, a frame being 1/30 s."""
         if self.sampling == "segments":
             return frames_at((np.arange(len(self.offsets)) + (self.i + 0.5) / self.K) / len(self.offsets), seconds)
         room = max(0.0, seconds[-1] - self.offsets[-1]) * 30 + 1e-6
@@ -86,7 +88,8 @@ class VideoViews(Dataset):
 
     def __init__(self, videos, views, args):
         self.videos, self.size = videos, args.size
-        self.views = [View(i, j, views, args.frames, args.stride, args.size, args.sampling) for i in range(views[0]) for j in range(views[1])]
+        self.views = [View(i, j, views, args.frames, args.stride, args.size, args.sampling)
+                      for i in range(views[0]) for j in range(views[1])]
 
     def __len__(self):
         return len(self.videos)
@@ -261,9 +264,11 @@ class Labelled(NamedTuple):
 
 def labels_of(videos, where):
     if not videos.labels:
-        raise InputError(f"{where}: the videos have no labels; sort them into one sub-folder a class, or give a list with 'path label' lines")
+        raise InputError(f"{where}: the videos have no labels; sort them into one sub-folder a class, "
+                         "or give a list with 'path label' lines")
     if None in videos.labels:
-        raise InputError(f"{where}: {videos[videos.labels.index(None)]} lies in no sub-folder, and others do; move it into its class, or away")
+        raise InputError(f"{where}: {videos[videos.labels.index(None)]} lies in no sub-folder, and others do; "
+                         "move it into its class, or away")
     return videos.labels
 
 
@@ -289,7 +294,8 @@ def label_numbers(videos, classes, where):
     names = [str(int(name)) if name.isdecimal() and name not in number else name for name in labels_of(videos, where)]  # 07 is 7
     unknown = sorted(set(names) - number.keys())
     if unknown:
-        raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({some(classes)}); take its videos out, or train with it")
+        raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({some(classes)}); "
+                         "take its videos out, or train with it")
     return torch.tensor([number[name] for name in names])
 
 
@@ -310,8 +316,8 @@ def find_videos(args, say, classes=None):
         held_out = [zlib.crc32(os.fsencode(os.path.relpath(videos[i], folder))) % 10 == 0 for i in range(len(videos))]
         val, train = (subset(videos, [i for i, out in enumerate(held_out) if out == wanted]) for wanted in (True, False))
         if not len(val) or not len(train):
-            raise InputError(f"--data {args.data}: a tenth of {len(videos)} videos, chosen by a hash of their paths, is {len(val)} for validation, "
-                             f"and {len(train)} for training; give --val")
+            raise InputError(f"--data {args.data}: a tenth of {len(videos)} videos, chosen by a hash of their paths, "
+                             f"is {len(val)} for validation, and {len(train)} for training; give --val")
         say(f"no --val: {len(val)} of {len(videos)} videos are held out for validation, always the same ones, by a hash of their paths")
     for part, where in ((val, args.val or args.data), (train, args.data)):
         if part is not None:
@@ -333,7 +339,8 @@ def few(videos, per_class, rng):
 
 # ------------------------------------------------------------------------------------------------ the model
 
-ENCODER = "frames height width channels patch dim depth heads mlp_ratio positions".split()  # of the arguments in a checkpoint, what counts here
+# Of the model's arguments in a checkpoint, what counts here.
+ENCODER = "frames height width channels patch dim depth heads mlp_ratio positions".split()
 
 
 def build_classifier(args, content, classes, batch_norm=False):
@@ -388,7 +395,8 @@ def layer_groups(model, weight_decay, layer_decay):
             in_block = name.startswith("encoder.blocks.")
             layer = int(name.split(".")[2]) + 1 if in_block else last if name.startswith(("encoder.norm.", "head.")) else 0
             decay = 0.0 if parameter.dim() <= 1 else weight_decay
-            groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer)))["params"].append(parameter)
+            group = groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer)))
+            group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -404,9 +412,9 @@ def for_each_video(compute, videos, views, args, machine, title):
     """
     dtype, _ = choose_precision(args.amp, machine.device)
     workers, _ = choose_workers(args.workers, machine.device, machine.ranks_here)
-    V = views[0] * views[1]
+    V, n = views[0] * views[1], len(videos)
     together = max(1, CLIPS_AT_ONCE // V)
-    groups = [list(range(first, min(first + together, len(videos)))) for first in range(0, len(videos), together)][machine.rank::machine.world]
+    groups = [list(range(first, min(first + together, n))) for first in range(0, n, together)][machine.rank::machine.world]
     batches = iter(clip_batches(VideoViews(videos, views, args), groups, workers, machine.device, args.data_timeout))
     parts, group = [], []  # parts: (numbers of the videos, rows (B, n), what could not be read) of each group
     with data_errors_explained(lambda: [videos[i] for i in group]), torch.inference_mode():
@@ -458,7 +466,8 @@ def add_line(path, line):
 
 
 def in_words(result, views):
-    return f"top-1 {result['val_acc1']:.2f} %, top-5 {result['val_acc5']:.2f} % of {result['videos']} videos, {views[0]}x{views[1]} views each"
+    return (f"top-1 {result['val_acc1']:.2f} %, top-5 {result['val_acc5']:.2f} % of {result['videos']} videos, "
+            f"{views[0]}x{views[1]} views each")
 
 
 # -------------------------------------------------------------------------------------------------- the run
@@ -471,8 +480,8 @@ def checksum(tensor):
 class Finetuning(Pretraining):
     """The loop of pre-training with a classifier, labels and augmentation in it."""
 
-    DECIDES = "model frames stride size patch sampling flip repeat crop init scratch probe per_class lr end_lr layer_decay weight_decay warmup clip " \
-              "drop_path dropout mixup cutmix smoothing rand_augment erase seed"
+    DECIDES = ("model frames stride size patch sampling flip repeat crop init scratch probe per_class lr end_lr layer_decay weight_decay "
+               "warmup clip drop_path dropout mixup cutmix smoothing rand_augment erase seed")
     BETAS = 0.9, 0.999
 
     def __init__(self, args, machine, data, content):
@@ -504,7 +513,8 @@ class Finetuning(Pretraining):
                           area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling])
 
     def identity(self):
-        weights = self.content["model"]["encoder.pos_time"].float() if self.content else torch.zeros(0)  # they stand for all, and training moves them
+        # One table stands for all weights of --init: training moves it.
+        weights = self.content["model"]["encoder.pos_time"].float() if self.content else torch.zeros(0)
         return super().identity() | dict(classes=len(self.data.classes), labels=checksum(self.labels), init_weights=checksum(weights))
 
     def state(self):
@@ -519,8 +529,9 @@ class Finetuning(Pretraining):
 
     def describe_model(self):
         args, trained = self.args, sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        return (f"model: {args.model}, {count(self.model):.1f} M parameters, {trained:.3g} M trained{' from scratch' if args.scratch else ''}; "
-                f"{len(self.data.classes)} classes ({some(self.data.classes)}), {len(self.videos)} videos to train, {len(self.data.val)} to validate")
+        return (f"model: {args.model}, {count(self.model):.1f} M parameters, {trained:.3g} M trained"
+                f"{' from scratch' if args.scratch else ''}; {len(self.data.classes)} classes ({some(self.data.classes)}), "
+                f"{len(self.videos)} videos to train, {len(self.data.val)} to validate")
 
     def rate(self, step):
         """Up and down a cosine as in pre-training, but from and to `end_lr` in place of 0."""
@@ -580,8 +591,9 @@ class Finetuning(Pretraining):
         if self.machine.rank == 0:
             write_predictions(self.out, scores, self.data.val, self.val_labels, self.data.classes)
             add_line(self.out / "log.jsonl", as_line(self.row_of(self.result, self.args.views)))
-        self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} (with one view the best was {self.best['val_acc1']:.2f} % "
-                         f"after step {self.best['step']}: best.pt); {self.out}/last.pt, log.jsonl and predictions.jsonl")
+        self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} "
+                         f"(with one view the best was {self.best['val_acc1']:.2f} % after step {self.best['step']}: best.pt); "
+                         f"{self.out}/last.pt, log.jsonl and predictions.jsonl")
 
 
 def fine_tune(args, machine, content):
@@ -593,7 +605,8 @@ def fine_tune(args, machine, content):
     status = run.run()
     if status or not args.compare:
         return status
-    scratch = Finetuning(argparse.Namespace(**vars(args) | dict(scratch=True, layer_decay=1.0, out=f"{args.out}/scratch")), machine, data, content)
+    args_of_scratch = argparse.Namespace(**vars(args) | dict(scratch=True, layer_decay=1.0, out=f"{args.out}/scratch"))
+    scratch = Finetuning(args_of_scratch, machine, data, content)
     status = scratch.run()
     if not status:
         machine.say(f"top-1 on {len(data.val)} videos after {run.steps} steps on {len(data.train)} labelled videos, seed {args.seed}: "
@@ -656,10 +669,12 @@ def export_features(args, machine, content):
     parts = [(name, videos) for name, videos in (("train", data.train), ("val", data.val)) if videos is not None]
     features = [for_each_video(model.pooled, videos, args.views, args, machine, f"features, {name}") for name, videos in parts]
     if machine.rank == 0:
-        write_features(args.features, features=np.concatenate(features), paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
-                       labels=np.concatenate([label_numbers(videos, data.classes, args.data) for _, videos in parts]), classes=np.array(data.classes),
+        write_features(args.features, features=np.concatenate(features), classes=np.array(data.classes),
+                       paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
+                       labels=np.concatenate([label_numbers(videos, data.classes, args.data) for _, videos in parts]),
                        part=np.array([name for name, videos in parts for _ in range(len(videos))]))
-    machine.say(f"{args.features}: features of {sum(len(videos) for _, videos in parts)} videos, {model.head.in_features} numbers each; NaN where a video cannot be read")
+    machine.say(f"{args.features}: features of {sum(len(videos) for _, videos in parts)} videos, {model.head.in_features} numbers each; "
+                "NaN where a video cannot be read")
     return 0
 
 
@@ -676,20 +691,22 @@ SHAPE = dict(model="large", frames=16, size=(224, 224), patch=(2, 16, 16), strid
 PROBE = dict(lr=6.4e-2, end_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
              rand_augment=0.0, erase=0.0)
 # Without --data: a mirrored or turned motion is another class, and a mixed one is none.
-DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=0.024, end_lr=0.0, warmup=0.1, layer_decay=1.0, drop_path=0.0, dropout=0.0,
-            mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.5, views=(3, 1))
+DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=0.024, end_lr=0.0, warmup=0.1, layer_decay=1.0,
+            drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.5,
+            views=(3, 1))
 
 
 def parse_arguments(argv=None):
     parser, data, method, recipe, run = shared_arguments(__doc__.split("\n\n")[0])
-    parser.epilog = ("Where no default is shown: shape, stride and sampling come from the checkpoint, the rest from the paper's recipe for its size. "
-                     + "; ".join(f"{size}: {', '.join(f'{key} {value:.3g}' for key, value in recipe.items())}" for size, recipe in RECIPE.items())
-                     + f"; tiny and small: as base. Without --data, to show that it works: {in_flags(DEMO)}.")
+    by_size = "; ".join(f"{size}: " + ", ".join(f"{key} {value:.3g}" for key, value in RECIPE[size].items()) for size in RECIPE)
+    parser.epilog = ("Where no default is shown: shape, stride and sampling come from the checkpoint, the rest from the paper's recipe "
+                     f"for its size. {by_size}; tiny and small: as base. Without --data, to show that it works: {in_flags(DEMO)}.")
     share = between(0, 1)
     data.add_argument("--val", help="videos to validate on, as --data (default: a fixed tenth of --data)")
     data.add_argument("--per-class", type=whole, help="train on so many videos of each class (default: all)")
-    data.add_argument("--sampling", choices=KINDS, help="frames at a fixed stride, or one of each of so many equal parts (Something-Something)")
-    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips; not where left and right matter")
+    data.add_argument("--sampling", choices=KINDS, help="frames at a fixed stride, or one of each of so many equal parts (for SSv2)")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                      help="mirror half of the clips; not where left and right matter")
     data.add_argument("--crop", type=between(1e-3, 1), default=0.08, help="smallest share of the picture that a training clip shows")
     method.add_argument("--scratch", action="store_true", help="train without pre-training (a checkpoint then gives the shape alone)")
     method.add_argument("--probe", action="store_true", help="train a linear layer on the frozen encoder")
@@ -697,16 +714,18 @@ def parse_arguments(argv=None):
     recipe.add_argument("--end-lr", type=between(0, 1), default=1.6e-4, help="the rate at the beginning and the end, per 512 clips")
     recipe.add_argument("--warmup", type=share, help="share of the steps")
     recipe.add_argument("--layer-decay", type=share, help="learning rate of a layer relative to the one above")
-    recipe.add_argument("--drop-path", type=between(0, 0.99), help="rate at which the last block's branches are skipped; 0 is off, as below")
+    recipe.add_argument("--drop-path", type=between(0, 0.99), help="rate at which the last block's branches are skipped; 0: off, as below")
     recipe.add_argument("--dropout", type=between(0, 0.99), help="before the head")
     recipe.add_argument("--mixup", type=between(0, 100), default=0.8, help="Beta parameter")
     recipe.add_argument("--cutmix", type=between(0, 100), default=1.0, help="Beta parameter")
     recipe.add_argument("--smoothing", type=share, default=0.1, help="of the labels")
     recipe.add_argument("--rand-augment", type=between(0, 10), default=7.0, help="magnitude")
     recipe.add_argument("--erase", type=share, default=0.25, help="share of the clips that get a random hole")
-    run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/finetune, or runs/probe, runs/scratch, runs/eval)")
-    run.add_argument("--views", type=numbers((2,), "a number of views such as 7x3 (time x space)"), default=(7, 3), help="of each video in evaluation, time x space")
-    run.add_argument("--compare", action=argparse.BooleanOptionalAction, default=False, help="train from scratch too (default without --data)")
+    run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/finetune, probe, scratch or eval)")
+    two_numbers = numbers((2,), "a number of views such as 7x3 (time x space)")
+    run.add_argument("--views", type=two_numbers, default=(7, 3), help="of each video in evaluation, time x space")
+    run.add_argument("--compare", action=argparse.BooleanOptionalAction, default=False,
+                     help="train from scratch too (default without --data)")
     run.add_argument("--eval", action="store_true", help="only evaluate --init")
     run.add_argument("--predict", metavar="VIDEO", help="only print the five likeliest classes of this video")
     run.add_argument("--features", metavar="OUT.npz", help="only write pooled features, paths and labels of every video (all need labels)")
@@ -731,7 +750,8 @@ def fill_in(args, machine, content):
         known |= {key: identity[key] for key in ("stride", "sampling") if key in identity}
         for key in ("model", "patch"):
             if getattr(args, key) not in (None, known[key]):
-                raise InputError(f"--{key} {getattr(args, key)}: {args.init} has {known[key]}; leave the flag out, or choose another checkpoint")
+                raise InputError(f"--{key} {getattr(args, key)}: {args.init} has {known[key]}; leave the flag out, "
+                                 "or choose another checkpoint")
     known |= RECIPE.get(args.model or known["model"], RECIPE["base"]) | (dict(layer_decay=1.0) if args.scratch else {})
     for key, value in known.items():
         if getattr(args, key) is None:

@@ -84,7 +84,8 @@ def mask_noise(strategy, batch, grid, generator=None, device=None):
     """
     t, h, w = grid
     sides = [max(2, math.ceil(length / 4)) for length in grid]  # of a cube
-    shapes = {"agnostic": (t, h, w), "tube": (1, h, w), "frame": (t, 1, 1), "block": [math.ceil(length / side) for length, side in zip(grid, sides)]}
+    shapes = {"agnostic": (t, h, w), "tube": (1, h, w), "frame": (t, 1, 1),
+              "block": [math.ceil(length / side) for length, side in zip(grid, sides)]}
     if strategy not in shapes:
         raise ValueError(f"mask strategy {strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
     noise = torch.rand(batch, *shapes[strategy], generator=generator, device=device)

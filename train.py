@@ -386,7 +386,11 @@ def list_videos(data, say=print):
 
 def videos_in_folder(folder, say):
     paths, labels, ignored, visited = [], [], Counter(), set()
-    for where, folders, files in os.walk(folder, followlinks=True, onerror=lambda error: say(f"left out: {error.filename}: {error.strerror}")):
+
+    def unreadable(error):
+        say(f"left out: {error.filename}: {error.strerror}")
+
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         if os.path.realpath(where) in visited:  # by way of a link
             folders.clear()
             continue
@@ -484,8 +488,8 @@ class VideoClips(Dataset):
         item = dict(video=torch.from_numpy(pixels), index=video, bad=bad)
         if self.noise:
             strategy, grid = self.noise
-            generators = [torch.Generator().manual_seed(int(random(self.seed, CLIP, k, repeat, 1).integers(2**62))) for repeat in range(self.repeat)]
-            item["noise"] = torch.cat([mask_noise(strategy, 1, grid, generator) for generator in generators])  # (R, a, b, c)
+            seeds = [int(random(self.seed, CLIP, k, repeat, 1).integers(2**62)) for repeat in range(self.repeat)]
+            item["noise"] = torch.cat([mask_noise(strategy, 1, grid, torch.Generator().manual_seed(s)) for s in seeds])  # (R, a, b, c)
         return item
 
 
@@ -529,7 +533,8 @@ def choose_workers(asked, device, ranks_here):
     cpus = available_cpus()
     if device.type == "cpu":
         return 1, "the model computes on the same CPUs"
-    return max(1, min(32, cpus // ranks_here)), f"{cpus} CPUs for {ranks_here} process(es) on this machine, and at most 32: each holds two batches"
+    reason = f"{cpus} CPUs for {ranks_here} process(es) on this machine, and at most 32: each holds two batches"
+    return max(1, min(32, cpus // ranks_here)), reason
 
 
 def worker_options(workers, timeout):
@@ -540,12 +545,14 @@ def worker_options(workers, timeout):
     """
     if not workers:
         return dict(num_workers=0)
-    return dict(num_workers=workers, worker_init_fn=quiet_worker, timeout=timeout, multiprocessing_context="fork" if sys.platform == "linux" else None)
+    return dict(num_workers=workers, worker_init_fn=quiet_worker, timeout=timeout,
+                multiprocessing_context="fork" if sys.platform == "linux" else None)
 
 
 def clip_batches(clips, sampler, workers, device, timeout):
     """A DataLoader over VideoClips in the sampler's order."""
-    return DataLoader(clips, batch_sampler=sampler, collate_fn=collate, pin_memory=device.type == "cuda", **worker_options(workers, timeout))
+    return DataLoader(clips, batch_sampler=sampler, collate_fn=collate, pin_memory=device.type == "cuda",
+                      **worker_options(workers, timeout))
 
 
 @contextlib.contextmanager
@@ -557,7 +564,8 @@ def data_errors_explained(expected):
         if "DataLoader" not in str(error):
             raise
         first, *others = str(error).splitlines()
-        raise InputError(f"the data workers gave no batch: {' ... '.join([first, *others[-1:]]).rstrip('.')}. Expected were {', '.join(expected())}. "
+        reason = " ... ".join([first, *others[-1:]]).rstrip(".")
+        raise InputError(f"the data workers gave no batch: {reason}. Expected were {', '.join(expected())}. "
                          f"Take a bad file out, raise --data-timeout, or find it with --check-data") from error
 
 
@@ -590,9 +598,8 @@ SHAPES = {  # below 0 inside; x and y in units of the radius
     "cross": lambda x, y: np.minimum(np.maximum(abs(x) - 0.35, abs(y) - 1), np.maximum(abs(x) - 1, abs(y) - 0.35)),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.3,
 }
-
-
-COLOURS = {"red": (220, 40, 40), "yellow": (220, 220, 40), "green": (40, 200, 40), "cyan": (40, 210, 210), "blue": (50, 50, 220), "magenta": (220, 40, 200)}
+COLOURS = {"red": (220, 40, 40), "yellow": (220, 220, 40), "green": (40, 200, 40),
+           "cyan": (40, 210, 210), "blue": (50, 50, 220), "magenta": (220, 40, 200)}
 
 
 def moving_shapes(rng, move, colour, frames, size):
@@ -615,7 +622,8 @@ def moving_shapes(rng, move, colour, frames, size):
     at_pixel = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None])).reshape(-1, 24)  # (H * W, 24)
     at_time = strength * np.exp(-1j * t * (flow @ wave))  # (T, 3, 24)
     video = (at_time.real @ at_pixel.real.T - at_time.imag @ at_pixel.imag.T).reshape(frames, 3, size, size)  # (T, 3, H, W)
-    video = (video + rng.uniform(60, 195, (3, 1, 1))).astype(np.float32)  # doubles until here: the same bytes whatever the order of the sums
+    # Doubles until here: the same bytes whatever the order of the sums.
+    video = (video + rng.uniform(60, 195, (3, 1, 1))).astype(np.float32)
 
     t, place = t.astype(np.float32), place.astype(np.float32)
     for _ in range(2):
@@ -627,13 +635,14 @@ def moving_shapes(rng, move, colour, frames, size):
         dx = (place - x + field / 2) % field - field / 2  # (T, 1, W)
         dy = (place[:, None] - y + field / 2) % field - field / 2  # (T, H, 1)
         radius = np.float32(radius)
-        inside = np.clip(np.float32(0.5) - kind(dx / radius, dy / radius) * radius, 0, 1)[:, None]  # (T, 1, H, W), a soft edge one pixel wide
+        inside = np.clip(np.float32(0.5) - kind(dx / radius, dy / radius) * radius, 0, 1)[:, None]  # (T, 1, H, W), its edge a pixel wide
         video += inside * (tone - video)
     return video.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # (T, H, W, 3)
 
 
 def write_video(path, frames, fps, options=None):
-    """uint8 (T, H, W, 3) -> an H.264 file. The same frames give the same bytes: one thread, and no mbtree, whose result varies from run to run."""
+    """uint8 (T, H, W, 3) -> an H.264 file. The same frames give the same bytes: one thread, and no mbtree, whose result varies
+    from run to run."""
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"threads": "1", "mbtree": "0"} | (options or {}))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -661,7 +670,8 @@ def generate_videos(folder, per_class=100, held_out=40, frames=48, size=64, seed
             (unfinished / part / move).mkdir(parents=True, exist_ok=True)
             rng = random(seed, ("train", "val").index(part), MOVES.index(move), i)
             colour, name = rng.choice(list(COLOURS)), f"{part}/{move}/{i:04d}.mp4"
-            write_video(unfinished / name, moving_shapes(rng, move, colour, frames, size), fps=30, options={"crf": "18", "preset": "veryfast"})
+            write_video(unfinished / name, moving_shapes(rng, move, colour, frames, size), fps=30,
+                        options={"crf": "18", "preset": "veryfast"})
             lists[part].append(f"{name},{colour}\n")
         for part, lines in lists.items():
             (unfinished / f"{part}_colours.csv").write_text("".join(lines))
@@ -669,7 +679,8 @@ def generate_videos(folder, per_class=100, held_out=40, frames=48, size=64, seed
     except OSError as error:
         if folder.is_dir():  # another run was faster
             return
-        raise InputError(f"cannot write the generated videos to {folder}: {error.strerror}; make room, or give your own with --data") from error
+        raise InputError(f"cannot write the generated videos to {folder}: {error.strerror}; make room, or give your own with --data"
+                         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -756,7 +767,8 @@ def save_checkpoint(folder, content, keep, name="last"):
         if "DataLoader" in str(error):  # a worker has died meanwhile, which a signal handler tells at any time
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"no checkpoint could be written to {folder}: {reason}; the ones there are untouched. Make room, then run the same command") from error
+        raise InputError(f"no checkpoint could be written to {folder}: {reason}; the ones there are untouched. "
+                         "Make room, then run the same command") from error
 
 
 def read_checkpoint(path):
@@ -803,7 +815,8 @@ def load_init(path):
     try:
         return from_released(read_checkpoint(path))
     except (Damaged, ValueError) as problem:
-        raise InputError(f"--init {problem if isinstance(problem, Damaged) else f'{path}: {problem}'}; give another checkpoint") from problem
+        where = "" if isinstance(problem, Damaged) else f"{path}: "
+        raise InputError(f"--init {where}{problem}; give another checkpoint") from problem
 
 
 # ------------------------------------------------------------------------------------ processes and precision
@@ -830,7 +843,8 @@ def start(device_name):
     if device_name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU; choose --device cpu, or install a torch build for CUDA")
     if device_name == "cuda" and local >= torch.cuda.device_count():
-        raise InputError(f"process {local} of this machine has no GPU of its own: start at most {torch.cuda.device_count()} with --nproc_per_node")
+        raise InputError(f"process {local} of this machine has no GPU of its own: "
+                         f"start at most {torch.cuda.device_count()} with --nproc_per_node")
     device = torch.device(device_name, local) if device_name == "cuda" else torch.device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -841,17 +855,19 @@ def start(device_name):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     machine = Machine(device, rank, world, here)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{available_cpus()} CPUs, {torch.get_num_threads()} threads"
-    machine.say(f"device: {device.type} ({reason}), {name}, {world} process(es); Python {platform.python_version()}, torch {torch.__version__}, "
-                f"PyAV {av.__version__}")
+    machine.say(f"device: {device.type} ({reason}), {name}, {world} process(es); "
+                f"Python {platform.python_version()}, torch {torch.__version__}, PyAV {av.__version__}")
     return machine
 
 
 def choose_precision(asked, device):
     """(dtype for autocast or None, reason)."""
     if asked == "auto":
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        if device.type == "cpu":
+            return None, "exact, on a CPU; --amp bf16 is faster on some"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU computes in bfloat16"
-        return None, "this GPU has no bfloat16; --amp fp16 is faster" if device.type == "cuda" else "exact, on a CPU; --amp bf16 is faster on some"
+        return None, "this GPU has no bfloat16; --amp fp16 is faster"
     if asked == "fp16" and device.type == "cpu":
         raise InputError("--amp fp16 needs a GPU; on a CPU choose bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[asked], "as asked"
@@ -900,7 +916,8 @@ class StopRequest:
         while number := os.read(self.arrivals, 1)[0]:
             if self.done and number in (signal.SIGINT, signal.SIGTERM):
                 sys.stdout.flush()
-                self.end(number, f"stopped by {signal.Signals(number).name}; the steps are done and saved, the same command goes on with what comes after them")
+                self.end(number, f"stopped by {signal.Signals(number).name}; the steps are done and saved, "
+                                 "the same command goes on with what comes after them")
             if number == signal.SIGINT:
                 first = first or time.monotonic()
                 if time.monotonic() - first > 0.5:  # torchrun passes the same Ctrl-C on, at once
@@ -1028,7 +1045,8 @@ class Log:
     def row(self, **row):
         self.write(**row)
         if self.file:
-            self.bar.set_postfix_str(f"loss {row['loss']:.4f} lr {row['lr']:.2e} clips/s {row['clips_per_s']:.1f} wait {row['data_wait']:.0%}", refresh=False)
+            text = "loss {loss:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait {data_wait:.0%}"
+            self.bar.set_postfix_str(text.format(**row), refresh=False)
         self.bar.update()
 
     def close(self):
@@ -1039,8 +1057,12 @@ class Log:
 
 def as_line(row):
     """A row of log.jsonl: what is not finite becomes null, as JSON has no word for it."""
-    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-    return json.dumps({key: round(value, 6) if isinstance(value, float) and abs(value) > 1e-3 else value for key, value in row.items()}) + "\n"
+    def plain(value):
+        if not isinstance(value, float):
+            return value
+        return None if not math.isfinite(value) else round(value, 6) if abs(value) > 1e-3 else value
+
+    return json.dumps({key: plain(value) for key, value in row.items()}) + "\n"
 
 
 def is_row_before(line, step):
@@ -1110,8 +1132,9 @@ class Pretraining:
                             checksum_of_list=self.videos.checksum())
 
     def state(self):
-        return dict(step=self.step, identity=self.identity(), world=self.machine.world, model_args=self.model_args, model=self.model.state_dict(),
-                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), torch=str(torch.__version__))
+        return dict(step=self.step, identity=self.identity(), world=self.machine.world, torch=str(torch.__version__),
+                    model_args=self.model_args, model=self.model.state_dict(),
+                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def resume(self):
         """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed.
@@ -1130,12 +1153,15 @@ class Pretraining:
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
         if changed:
             if content["world"] != self.machine.world:
-                changed.append(f"set --batch-size x --accum x processes to {before.get('videos_per_step')}, as it was with {content['world']} process(es)")
-            raise InputError(f"--out {self.out} holds a run with other arguments: {'; '.join(changed)}. Go on with the old ones, or choose another --out")
+                changed.append(f"set --batch-size x --accum x processes to {before.get('videos_per_step')}, "
+                               f"as it was with {content['world']} process(es)")
+            raise InputError(f"--out {self.out} holds a run with other arguments: {'; '.join(changed)}. "
+                             "Go on with the old ones, or choose another --out")
         self.restore(content)
         self.machine.say(f"going on from {chosen[0]} after step {self.step} of {self.steps}")
         if content["world"] != self.machine.world:
-            self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, but no longer bit for bit the same run")
+            self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, "
+                             "but no longer bit for bit the same run")
         return True
 
     def restore(self, content):
@@ -1173,7 +1199,8 @@ class Pretraining:
         self.skipped.summary()
         stop.done = self.step == self.steps
         if stop.signal:
-            machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; the same command goes on from here")
+            machine.say(f"stopped by {signal.Signals(stop.signal).name} after step {self.step} of {self.steps}, saved; "
+                        "the same command goes on from here")
             return 128 + stop.signal
         self.conclude()
         return 0
@@ -1192,15 +1219,18 @@ class Pretraining:
         say(f"arguments: {' '.join(f'{key}={value}' for key, value in vars(args).items() if not key.endswith('_reason'))}")
         say(f"videos: {len(self.videos)}, the first as read: " + "; ".join(self.describe(i) for i in range(min(3, len(self.videos)))))
         say(self.describe_model())
-        say(f"precision: {precision_name(self.dtype, self.device)} ({self.precision_reason}); compile: {args.compile} ({args.compile_reason}); "
-            f"data workers: {self.workers} ({self.workers_reason})")
-        say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) = {self.videos_per_step} videos a step, "
-            f"x {args.repeat} clips = {self.videos_per_step * args.repeat} clips; batch size {args.batch_reason}")
+        say(f"precision: {precision_name(self.dtype, self.device)} ({self.precision_reason}); "
+            f"compile: {args.compile} ({args.compile_reason}); data workers: {self.workers} ({self.workers_reason})")
+        say(f"batch: {args.batch_size} videos x {args.accum} micro-batches x {self.machine.world} process(es) "
+            f"= {self.videos_per_step} videos a step, x {args.repeat} clips = {self.videos_per_step * args.repeat} clips; "
+            f"batch size {args.batch_reason}")
         if self.videos_per_step > len(self.videos):
-            say(f"a step takes more videos than there are: each is taken about {self.videos_per_step / len(self.videos):.1f} times a step, as different clips")
+            say("a step takes more videos than there are: "
+                f"each is taken about {self.videos_per_step / len(self.videos):.1f} times a step, as different clips")
         passes = self.steps * self.videos_per_step / len(self.videos)
-        say(f"length: {self.steps} steps = {passes:.1f} passes over the list = {passes * args.repeat:.1f} effective epochs, warm-up {args.warmup * self.steps:.0f} steps; "
-            f"lr {args.lr:g} x {self.peak_lr / args.lr * 512:.0f} / 512 = {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
+        say(f"length: {self.steps} steps = {passes:.1f} passes over the list = {passes * args.repeat:.1f} effective epochs, "
+            f"warm-up {args.warmup * self.steps:.0f} steps; lr {args.lr:g} x {self.peak_lr / args.lr * 512:.0f} / 512 "
+            f"= {self.peak_lr:.3g}; a checkpoint every {self.save_every} steps")
 
     def names(self, samples):
         """The paths of the videos that these samples stand for, sorted."""
@@ -1208,8 +1238,8 @@ class Pretraining:
 
     def describe_model(self):
         args, model, tokens = self.args, self.model, self.seen + self.hidden
-        return (f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; sees {self.seen} of {tokens} tokens, "
-                f"{self.hidden / tokens:.1%} hidden ({args.strategy})")
+        return (f"model: {args.model}, encoder {count(model.encoder):.1f} M of {count(model):.1f} M parameters; "
+                f"sees {self.seen} of {tokens} tokens, {self.hidden / tokens:.1%} hidden ({args.strategy})")
 
     def describe(self, i):
         label = self.videos.labels and self.videos.labels[i]
@@ -1219,7 +1249,8 @@ class Pretraining:
         args, machine = self.args, self.machine
         model = torch.compile(self.model) if args.compile else self.model
         if machine.world > 1:
-            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
+            devices = [self.device] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         self.copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.log = Log(self.out, machine, self.step, self.steps)
         late, begin = None, mark(self.device)
@@ -1280,21 +1311,24 @@ class Pretraining:
         if (step, micro) == (self.sampler.steps[0], 0) and self.machine.rank == 0:
             patches = self.model.encoder.patches(video)
             target, _ = self.model.targets(patches, self.model.split(patches, self.args.mask_ratio, noise)[1])
-            self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; training should get well below")
+            self.machine.say(f"loss of always predicting the mean: {target.var(correction=0).item():.4f} on the first batch; "
+                             "training should get well below")
         return video, noise
 
     def finish(self, step, late, begin, end, idle):
         """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
         (loss, norm, bad, asked), args, seconds = late.read(), self.args, elapsed(begin, end)
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        row = dict(step=step + 1, epoch=(step + 1) * self.videos_per_step / len(self.videos), loss=loss, lr=self.rate(step), grad_norm=norm,
-                   clips_per_s=self.videos_per_step * args.repeat / seconds, data_wait=sum(elapsed(*gap) for gap in idle) / seconds, peak_mem_gb=memory)
+        row = dict(step=step + 1, epoch=(step + 1) * self.videos_per_step / len(self.videos),
+                   loss=loss, lr=self.rate(step), grad_norm=norm, clips_per_s=self.videos_per_step * args.repeat / seconds,
+                   data_wait=sum(elapsed(*gap) for gap in idle) / seconds, peak_mem_gb=memory)
         if bad:
             samples = range(step * self.videos_per_step, (step + 1) * self.videos_per_step)
             names = self.names(samples)
             self.log.row(**row, samples=[samples[0], samples[-1]], videos=names)
-            raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was saved since, all checkpoints are kept. "
-                             f"The batch is in {self.out}/log.jsonl: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower --lr, or try --amp off")
+            raise InputError(f"loss {loss} and gradient norm {norm} at step {step + 1} are not finite; nothing was saved since, "
+                             f"all checkpoints are kept. The batch is in {self.out}/log.jsonl: {', '.join(names[:8])}"
+                             f"{' ...' if len(names) > 8 else ''}. Lower --lr, or try --amp off")
         self.log.row(**row)
         return asked > 0
 
@@ -1335,8 +1369,8 @@ def hold_folder(out):
 def model_arguments(args):
     """The constructor's arguments, as they travel in the checkpoint."""
     height, width = args.size
-    return SIZES[args.model] | dict(frames=args.frames, height=height, width=width, patch=args.patch, target=args.target, norm_pix=args.norm_pix,
-                                    checkpointing=args.checkpointing)
+    return SIZES[args.model] | dict(frames=args.frames, height=height, width=width, patch=args.patch, target=args.target,
+                                    norm_pix=args.norm_pix, checkpointing=args.checkpointing)
 
 
 def build(model_args, kind=MaskedAutoencoder):
@@ -1358,8 +1392,9 @@ def count_tokens(model, strategy, mask_ratio):
 def load_weights(model, content, path):
     """Weights of a checkpoint of the same shapes; a difference is an error that names it."""
     weights, own = content.get("model", {}), model.state_dict()
-    wrong = [f"{key} {tuple(weights[key].shape) if key in weights else 'missing'}, here {tuple(own[key].shape) if key in own else 'unknown'}"
-             for key in sorted(own.keys() | weights.keys()) if key not in own or key not in weights or own[key].shape != weights[key].shape]
+    given, wanted = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (weights, own))
+    wrong = [f"{key} {given.get(key, 'missing')}, here {wanted.get(key, 'unknown')}"
+             for key in sorted(given.keys() | wanted.keys()) if given.get(key) != wanted.get(key)]
     if wrong:
         raise InputError(f"{path} does not fit this model, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
     model.load_state_dict(weights)
@@ -1376,8 +1411,10 @@ def reconstruct(args, machine):
     model = build(content["model_args"]).to(machine.device)
     load_weights(model, content, args.init)
     frames, *size = model.encoder.video_size
-    kept = dict(mask_ratio=0.9, strategy="agnostic", stride=4) | content.get("identity", {})  # a released checkpoint: the paper's
-    ratio, strategy, stride = (kept[key] if getattr(args, key) is None else getattr(args, key) for key in ("mask_ratio", "strategy", "stride"))
+    paper = dict(mask_ratio=0.9, strategy="agnostic", stride=4)  # for a released checkpoint
+    given = {key: getattr(args, key) for key in paper if getattr(args, key) is not None}
+    settings = paper | content.get("identity", {}) | given
+    ratio, strategy, stride = (settings[key] for key in paper)
     count_tokens(model, strategy, ratio)  # complains about a ratio that cannot be
     clips = [RandomClip(random(args.seed, CLIP, 0, i), frames, stride) for i in range(4)]
     try:
@@ -1461,24 +1498,30 @@ def square(text):
 
 
 whole, positive = between(1, 10**9, int), between(1e-12, 1e9)
+three_sizes = numbers((3,), "three sizes such as 2x16x16 (frames x height x width)")
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.5, norm_pix=False, steps=1500, batch_size=8, repeat=4, lr=0.384,
-            warmup=0.1, clip=1.0)
+DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.5, norm_pix=False, steps=1500,
+            batch_size=8, repeat=4, lr=0.384, warmup=0.1, clip=1.0)
 
 
 def in_flags(settings):
     """How one would write them on the command line."""
-    words = {key: "x".join(map(str, value)) if isinstance(value, tuple) else value for key, value in settings.items()}
-    return " ".join(f"--{'no-' if value is False else ''}{key.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value:g}" if isinstance(value, float) else f" {value}")
-                    for key, value in words.items())
+    def flag(key, value):
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no-{name}"
+        text = "x".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
+        return f"--{name} {text}"
+
+    return " ".join(flag(key, value) for key, value in settings.items())
 
 
 def shared_arguments(description):
     """A parser with the flags that train.py and finetune.py share, and its groups: data, method, recipe, run."""
     parser = Parser(description)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", help="folder of videos (class sub-folders or flat) or list file; without it a small set is written and used")
+    data.add_argument("--data", help="folder of videos (class sub-folders or flat) or list file; without it a small set is written")
     data.add_argument("--frames", type=whole, default=16, help="frames of a clip")
     data.add_argument("--stride", type=positive, default=4, help="time between frames, in thirtieths of a second")
     data.add_argument("--size", type=square, default=(224, 224), help="height and width of a clip, in pixels: 224 or 192x256")
@@ -1487,10 +1530,10 @@ def shared_arguments(description):
     data.add_argument("--data-timeout", type=whole, default=300, help="seconds to wait for a batch before giving up")
     method = parser.add_argument_group("method")
     method.add_argument("--model", choices=SIZES, default="large", help="size")
-    method.add_argument("--patch", type=numbers((3,), "three sizes such as 2x16x16 (frames x height x width)"), default=(2, 16, 16), help="frames x height x width of a patch")
+    method.add_argument("--patch", type=three_sizes, default=(2, 16, 16), help="frames x height x width of a patch")
     method.add_argument("--checkpointing", action="store_true", help="save memory by computing activations again in the backward pass")
     recipe = parser.add_argument_group("recipe (the paper's)")
-    recipe.add_argument("--epochs", type=positive, default=200, help="passes over the list; the paper's effective epochs are these x repeat")
+    recipe.add_argument("--epochs", type=positive, default=200, help="passes over the list; effective epochs are these x repeat")
     recipe.add_argument("--steps", type=whole, help="optimizer steps in all, in place of --epochs")
     recipe.add_argument("--batch-size", type=whole, help="videos per process and micro-batch (default: 16 on a GPU, 2 on a CPU)")
     recipe.add_argument("--accum", type=whole, default=1, help="micro-batches per step")
@@ -1529,10 +1572,12 @@ def parse_arguments(argv=None):
 
 def complete(args, machine):
     """Fill in what depends on the machine, with the reason for it."""
-    args.batch_reason = "as asked" if args.batch_size else "for a GPU" if machine.device.type == "cuda" else "for a CPU"
-    args.batch_size = args.batch_size or (16 if machine.device.type == "cuda" else 2)
-    args.compile_reason = "as asked" if args.compile is not None else "the default on a GPU" if machine.device.type == "cuda" else "gains nothing on a CPU"
-    args.compile = machine.device.type == "cuda" if args.compile is None else args.compile
+    gpu = machine.device.type == "cuda"
+    args.batch_reason = args.compile_reason = "as asked"
+    if args.batch_size is None:
+        args.batch_size, args.batch_reason = (16, "for a GPU") if gpu else (2, "for a CPU")
+    if args.compile is None:
+        args.compile, args.compile_reason = gpu, "the default on a GPU" if gpu else "gains nothing on a CPU"
 
 
 def demo_videos(machine):
@@ -1572,8 +1617,8 @@ def run_script(main):
         elif isinstance(error, InputError):
             said = f"error: {error}"
         elif isinstance(error, torch.OutOfMemoryError):
-            said = (f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum by as much, or "
-                    "add --checkpointing; elsewhere choose a smaller --size")
+            said = (f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum "
+                    "by as much, or add --checkpointing; elsewhere choose a smaller --size")
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             said = f"error: {error.filename or 'the folder of the run'}: {error.strerror}; make room, then run the same command"
         else:
