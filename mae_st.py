@@ -237,7 +237,7 @@ class Encoder(nn.Module):
     def patches(self, video):
         """(B, C, T, H, W) -> (B, N, P), after a look at the size. Bytes stay bytes."""
         expected = (self.channels, *self.video_size)
-        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+        if tuple(video.shape[1:]) != expected:
             raise ValueError(f"video of shape {tuple(video.shape)}: this model takes (B, {', '.join(map(str, expected))})")
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ValueError(f"video of {video.dtype}: give uint8 0..255, or floats normalised with mean {PIXEL_MEAN} and std {PIXEL_STD}")

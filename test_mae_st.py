@@ -67,8 +67,13 @@ def test_patchify_equals_a_plain_loop_and_unpatchify_is_its_inverse(size, patch,
 def test_a_size_that_the_patch_does_not_divide_is_an_error_that_names_both_numbers():
     with pytest.raises(ValueError, match="height 225.*16"):
         patchify(torch.zeros(1, 3, 16, 225, 224), (2, 16, 16))
-    with pytest.raises(ValueError, match="7 patches"):
-        unpatchify(torch.zeros(1, 7, 12), (1, 2, 2), (2, 2, 2))
+    with pytest.raises(ValueError, match="frames 16.*patches of 0"):
+        patchify(torch.zeros(1, 3, 16, 224, 224), (0, 16, 16))
+    with pytest.raises(ValueError, match="frames 0"):
+        patchify(torch.zeros(1, 3, 0, 224, 224), (2, 16, 16))
+    for shape, problem in (((1, 7, 12), "7 patches of 12"), ((1, 8, 13), "8 patches of 13")):
+        with pytest.raises(ValueError, match=problem):
+            unpatchify(torch.zeros(shape), (1, 2, 2), (2, 2, 2))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -119,6 +124,12 @@ def test_a_ratio_that_hides_nothing_or_everything_is_an_error(ratio):
         split_tokens(torch.rand(1, 2, 2, 2), (2, 2, 2), ratio)
     with pytest.raises(ValueError, match="hides nothing"):
         split_tokens(torch.rand(1, 1, 1, 1), (1, 2, 2), 0.5)  # one frame: the only one is kept
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 6), (5, 2, 2, 3), (5, 3, 1, 1), (5, 2, 2, 2, 1)])
+def test_noise_that_does_not_fit_the_grid_is_an_error(shape):
+    with pytest.raises(ValueError, match=re.escape(f"{shape} does not fit the grid 2 x 2 x 2")):
+        split_tokens(torch.rand(shape), (2, 2, 2), 0.5)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -252,8 +263,9 @@ def test_positions_that_start_as_waves_are_sines_and_cosines_of_each_axis():
                     expected[place][at + i], expected[place][at + pairs + i] = math.sin(phase), math.cos(phase)
                 at += 2 * pairs
         assert_close(table.view(3, 2, 5, dim), expected, 1e-5, f"positions of width {dim}")
-    with pytest.raises(ValueError, match="24"):
-        mae_st.Encoder(dim=24, heads=2, positions="waves")
+    for start, width in (("waves", 24), ("wave", 32)):
+        with pytest.raises(ValueError, match=f"'{start}' of width {width}"):
+            mae_st.Encoder(dim=width, heads=2, positions=start)
     normal = mae_st.Encoder(dim=64, heads=2)
     assert 0.015 < normal.pos_space.std() < 0.025
 
@@ -291,12 +303,48 @@ def test_drop_path_skips_whole_clips_and_keeps_the_mean():
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-@pytest.mark.parametrize("size, millions", [("base", 86), ("large", 304), ("huge", 632)])
-def test_sizes_have_the_papers_numbers_of_parameters(size, millions):
+@pytest.mark.parametrize("size, millions, dim, depth, heads, decoder", [
+    ("base", 86, 768, 12, 12, (512, 4, 8)), ("large", 304, 1024, 24, 16, (512, 4, 8)), ("huge", 632, 1280, 32, 16, (512, 4, 8)),
+    ("small", 22, 384, 12, 6, (192, 4, 3)), ("tiny", 1, 128, 2, 4, (64, 1, 2))])
+def test_sizes_have_the_papers_shapes_and_numbers_of_parameters(size, millions, dim, depth, heads, decoder):
     with torch.device("meta"):
         model = MaskedAutoencoder(**mae_st.SIZES[size])
-    assert round(train.count(model.encoder)) == millions
-    assert len(model.decoder_blocks) == 4 and model.decoder_pos.shape == (1569, 512) and model.decoder_blocks[0].attn.heads == 8
+    for blocks, width, shape in ((model.encoder.blocks, dim, (dim, depth, heads)), (model.decoder_blocks, decoder[0], decoder)):
+        assert (blocks[0].norm1.weight.shape[0], len(blocks), blocks[0].attn.heads) == shape
+        assert blocks[0].mlp[0].weight.shape == (4 * width, width)
+    assert round(train.count(model.encoder)) == millions and model.decoder_pos.shape == (1569, decoder[0])
+
+
+def test_the_defaults_are_the_papers_vit_l_on_16_frames_of_224():
+    with torch.device("meta"):
+        default = MaskedAutoencoder()
+        spelt_out = MaskedAutoencoder(frames=16, height=224, width=224, channels=3, patch=(2, 16, 16), target="frame", **mae_st.SIZES["large"])
+        classifier = mae_st.Classifier(classes=400)
+    for ours, theirs in ((default, spelt_out), (classifier.encoder, spelt_out.encoder)):
+        assert {name: table.shape for name, table in ours.named_parameters()} == {name: table.shape for name, table in theirs.named_parameters()}
+    for encoder in (default.encoder, classifier.encoder):
+        assert encoder.blocks[0].attn.heads == 16 and not encoder.checkpointing and {block.drop_path.rate for block in encoder.blocks} == {0}
+    assert default.norm_pix and default.target == "frame" and classifier.dropout.p == 0
+
+
+def test_weights_start_as_xavier_with_bias_0_tokens_small_and_the_head_next_to_nothing():
+    torch.manual_seed(0)
+    shape = dict(frames=4, height=64, width=64, dim=96, depth=2, heads=2)
+    model, classifier = MaskedAutoencoder(**shape, decoder_dim=64, decoder_depth=1, decoder_heads=2), mae_st.Classifier(**shape, classes=50)
+    layers = [(name, module) for part in (model, classifier.encoder) for name, module in part.named_modules()]
+    linear = [(name, module) for name, module in layers if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 3 + 3 * 4 + 1 + 2 * 4  # embed, embed and pred of the decoder, four a block; the classifier's encoder
+    for name, module in linear:
+        bound = math.sqrt(6 / sum(module.weight.shape))
+        assert 0.99 * bound < module.weight.abs().max() <= bound and (module.bias == 0).all(), name
+        assert abs(module.weight.std() * math.sqrt(3) / bound - 1) < 0.03, name
+    for name, module in layers:
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all() and (module.bias == 0).all(), name
+    for name, table in model.named_parameters():
+        if "pos_" in name or "token" in name:
+            assert 0.013 < table.std() < 0.027 and table.abs().max() < 0.1, f"{name}: {table.std()}"
+    assert abs(classifier.head.weight.std() / 2e-5 - 1) < 0.05 and (classifier.head.bias == 0).all()
 
 
 def test_the_snippet_in_the_readme_runs_and_gives_the_shapes_it_says():
@@ -1414,8 +1462,12 @@ def test_a_released_classifier_scores_as_computed_from_its_tensors(code, apart, 
     video = torch.randn(1, 3, 4, 32, 32)
     pooled = norm(plain_released_encoder(weights, video[0], torch.arange(8))[1:].mean(0), weights, "norm")
     name = "head.projection" if code == "paper" else "head"
-    assert_close(model(video)[0].detach(), F.linear(pooled, weights[f"{name}.weight"], weights[f"{name}.bias"]), 1e-4, code)
+    expected = F.linear(pooled, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    assert_close(model(video)[0].detach(), expected, 1e-4, code)
     assert classes == ["0", "1", "2", "3", "4"]
+    model = mae_st.Classifier(**content["model_args"])  # with nothing but mae_st.py
+    model.load_state_dict(content["model"])
+    assert_close(model.eval()(video)[0].detach(), expected, 1e-4, code)
 
 
 def test_of_mae_sts_pretrained_checkpoint_the_encoder_is_taken_and_the_decoder_left_out(some_videos, tmp_path, capsys):
@@ -1451,6 +1503,15 @@ def test_a_tensor_that_is_not_as_expected_is_an_error_that_names_it(name, change
             frames=4, height=32, width=32), classes=3), loaded, "released.pyth", True, print)
     names = name, mae_st.our_name(name), mae_st.our_name(name).replace(".k.", ".qkv.")
     assert any(name in str(caught.value) for name in names) and "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("content, problem", [
+    ({"model": 3}, "no tensors"), ({"model_state": {"epoch": 3}}, "no tensors"), ({"weights": {}}, "no tensors"),
+    ({"model": {"patch_embed.proj.weight": torch.zeros(8, 1, 2, 16, 16)}}, r"\(8, 1, 2, 16, 16\), expected \(D, 3, u, p, p\)"),
+    ({"model": {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 16, 8)}}, r"\(8, 3, 2, 16, 8\), expected")])
+def test_a_file_that_holds_no_weights_of_ours_or_of_the_codes_says_what_is_missing(content, problem):
+    with pytest.raises(ValueError, match=problem):
+        mae_st.from_released(content)
 
 
 def test_positions_are_interpolated_linearly_in_time_and_bicubically_in_space():
