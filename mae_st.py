@@ -472,7 +472,7 @@ def from_released(content):
 
 def released_arguments(weights, embed_shape):
     """The constructor's arguments, from the shapes of the tensors. Frames are as high as wide: the table does not tell."""
-    for name in ("encoder.pos_time", "encoder.pos_space", "encoder.blocks.0.mlp.0.bias"):
+    for name in ("encoder.pos_time", "encoder.pos_space"):
         if name not in weights:
             raise ValueError(f"{name} (in our names) is missing, the sizes are read from it")
     (dim, channels, *patch), places = embed_shape, len(weights["encoder.pos_space"])
@@ -482,12 +482,12 @@ def released_arguments(weights, embed_shape):
     heads = {SIZES[size]["dim"]: SIZES[size]["heads"] for size in ("base", "large", "huge")}  # leave no trace in the weights
     arguments = dict(frames=len(weights["encoder.pos_time"]) * patch[0], height=side * patch[1], width=side * patch[2], channels=channels,
                      patch=tuple(patch), dim=dim, depth=len({name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}),
-                     heads=heads.get(dim, max(1, dim // 64)), mlp_ratio=len(weights["encoder.blocks.0.mlp.0.bias"]) // dim)
+                     heads=heads.get(dim, max(1, dim // 64)))
     if "head.bias" in weights:
         arguments["classes"] = len(weights["head.bias"])
-    if "decoder_pos" in weights and "decoder_pred.bias" in weights:
-        decoder_dim, whole = weights["decoder_pos"].shape[-1], len(weights["decoder_pred.bias"]) == math.prod(patch) * channels
-        arguments |= dict(decoder_dim=decoder_dim, decoder_heads=max(1, decoder_dim // 64), target="patch" if whole else "frame",
+    if "decoder_pos" in weights:
+        decoder_dim = weights["decoder_pos"].shape[-1]
+        arguments |= dict(decoder_dim=decoder_dim, decoder_heads=max(1, decoder_dim // 64),
                           decoder_depth=len({name.split(".")[1] for name in weights if name.startswith("decoder_blocks.")}))
     return arguments
 

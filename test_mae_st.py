@@ -19,6 +19,7 @@ import sys
 import types
 import zipfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -286,8 +287,12 @@ def test_checkpointed_activations_give_the_same_gradients():
     plain, again = MaskedAutoencoder(**SMALL), MaskedAutoencoder(**SMALL, checkpointing=True)
     again.load_state_dict(plain.state_dict())
     video, noise = torch.randn(2, 3, 4, 12, 20), mask_noise("agnostic", 2, (2, 3, 5))
+    calls = Counter()
     for model in (plain, again):
+        model.encoder.blocks[0].register_forward_pre_hook(lambda block, inputs, model=model: calls.update([model]))
         model(video, 0.8, noise).backward()
+        model.eval()(video, 0.8, noise).backward()
+    assert calls[plain] == 2 and calls[again] == 3  # in training a second time for the backward pass
     for (name, a), b in zip(plain.named_parameters(), again.parameters()):
         assert_close(a.grad, b.grad, 1e-6, name)
 
