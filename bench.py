@@ -232,6 +232,7 @@ def fit(row):
         row.run.machine.say(f"{row.line['name']}: out of memory at {row.clips} clips a step; the batch is halved")
         row.videos //= 2
         row.run.optimizer.zero_grad(set_to_none=True)
+        row.run.optimizer.state.clear()  # which may be half made
         if row.device.type == "cuda":
             torch.cuda.empty_cache()
 

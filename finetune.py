@@ -423,7 +423,8 @@ def for_each_video(compute, videos, views, args, machine, title):
             clips, = to_device(batch, ["video"], machine.device)  # (B * V, 3, T, H, W)
             with torch.autocast(machine.device.type, dtype, enabled=dtype is not None):
                 rows = compute(clips)  # (B * V, n)
-            parts.append((group, rows.float().unflatten(0, (-1, V)).mean(1).cpu().numpy(), batch["bad"]))
+            parts.append((group, rows.float().unflatten(0, (-1, V)).mean(1), batch["bad"]))  # stays on the device: no waiting
+    parts = [(group, rows.cpu().numpy(), bad) for group, rows, bad in parts]
     parts = sorted(of_all_processes(parts, machine), key=lambda part: part[0])
     for i, reason in [entry for _, _, bad in parts for entry in bad]:
         machine.say(f"cannot be read: {videos[i]}: {reason}")

@@ -369,7 +369,7 @@ def test_the_model_file_imports_torch_alone():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])  # of the gradient
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_the_loss_equals_float64_on_the_cpu(dtype, tolerance, compiled):
     torch.manual_seed(0)
@@ -381,10 +381,10 @@ def test_on_a_gpu_the_loss_equals_float64_on_the_cpu(dtype, tolerance, compiled)
     step = torch.compile(model) if compiled else model
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         loss = step(video.cuda(), 0.8, noise.cuda())
-    assert abs(loss.item() / expected.item() - 1) < tolerance
+    assert abs(loss.item() / expected.item() - 1) < 1e-3
     loss.backward()
     own = model.encoder.blocks[0].mlp[0].weight.grad.cpu().double()
-    assert ((own - gradient).norm() / gradient.norm()).item() < 10 * tolerance
+    assert ((own - gradient).norm() / gradient.norm()).item() < tolerance
 
 
 # --------------------------------------------------------------------------------------------------- videos
@@ -523,6 +523,26 @@ def test_packets_that_nothing_depends_on_are_not_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["H.264, closed groups", "MPEG-4 in AVI"])
+def nal(kind, layer, size=None):
+    """A NAL unit of HEVC, header and three bytes; layers count from 1; size: bytes of the length before it, None for a start code."""
+    unit = bytes([kind << 1, layer, 1, 2, 3])
+    return (b"\0\0\1" if size is None else len(unit).to_bytes(size, "big")) + unit
+
+
+@pytest.mark.parametrize("size", [None, 2, 4])
+def test_a_picture_of_hevc_may_be_dropped_if_nothing_of_its_layer_needs_it_and_no_layer_is_above(size, tmp_path, monkeypatch):
+    for kinds, layer, droppable in (((0,), 1, True), ((1,), 1, False), ((2,), 2, True), ((8, 8), 3, True), ((8, 9), 3, False), ((14,), 7, True),
+                                    ((15,), 2, False), ((16,), 1, False), ((19,), 1, False), ((20,), 1, False), ((32, 33, 34, 39, 0), 1, True)):
+        packet = b"".join(nal(kind, layer, size) for kind in kinds)
+        assert train.hevc_layer(packet, size or 0) == (layer, droppable), kinds
+    assert train.hevc_layer(nal(39, 1, size), size or 0) == (0, False)  # no picture in it
+    file, codec, options, pix_fmt = CODECS["HEVC"]
+    path, layers = encode(tmp_path / file, natural_frames(12), codec, options=options, pix_fmt=pix_fmt), iter([1, 3, 2] * 4)
+    monkeypatch.setattr(train, "hevc_layer", lambda *_: (next(layers), True))  # unneeded in their own layer, all of them
+    with train.open_video(path) as (container, stream):
+        assert train.read_packets(container, stream).droppable == [False, True, False] * 4
+
+
 def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clips(name, tmp_path, monkeypatch):
     file, codec, options, _ = CODECS[name]
     path = encode(tmp_path / file, natural_frames(48), codec, options=options)
@@ -638,13 +658,27 @@ def test_the_video_is_found_beside_cover_art_and_sound(before, tmp_path):
 
 
 def test_random_crops_stay_within_area_and_aspect_and_starts_within_the_video():
+    boxes, flips = [], []
     for seed in range(300):
         clip = train.RandomClip(np.random.default_rng(seed), 16, 4)
-        (x, y, w, h), _ = clip.box(340, 256)
+        (x, y, w, h), flip = clip.box(340, 256)
+        boxes.append((x, y, w * h, math.log(w * 340 / (h * 256))))
+        flips.append(flip)
         assert 0 <= x and 0 <= y and x + w <= 1 + 1e-9 and y + h <= 1 + 1e-9
         assert 0.5 - 1e-9 <= w * h <= 1 and 3 / 4 - 1e-9 <= w * 340 / (h * 256) <= 4 / 3 + 1e-9
         times = clip.times(np.arange(301) / 30)
         assert times[0] >= 0 and times[-1] <= 10 and np.allclose(np.diff(times), 4 / 30)
+    x, y, area, aspect = np.array(boxes).T
+    for numbers, low, high in ((x, 0.01, 0.3), (y, 0.01, 0.2), (area, 0.52, 0.9), (aspect, math.log(0.8), math.log(1.25))):  # all of the range
+        assert numbers.min() <= low and numbers.max() >= high, (numbers.min(), numbers.max())
+    assert abs(np.mean(flips) - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("width, height, expected", [(1000, 100, (1 - 0.4 / 3, 0, 0.4 / 3, 1)), (100, 1000, (0, 1 - 0.4 / 3, 1, 0.4 / 3))])
+def test_of_a_picture_too_long_for_any_random_crop_the_middle_is_taken(width, height, expected):
+    (x, y, w, h), _ = train.RandomClip(np.random.default_rng(0), 16, 4).box(width, height)
+    assert (2 * x, 2 * y, w, h) == pytest.approx(expected)
+    assert max(w * width / (h * height), h * height / (w * width)) == pytest.approx(4 / 3)
 
 
 def bad_files(folder):
@@ -914,9 +948,52 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine_to_zero():
 
 def test_weight_decay_spares_biases_and_norms():
     model = MaskedAutoencoder(**SMALL)
-    decayed, spared = ({id(p) for p in group["params"]} for group in train.decay_groups(model, 0.05))
+    groups = train.decay_groups(model, 0.05)
+    decayed, spared = ({id(p) for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     for name, parameter in model.named_parameters():
         assert id(parameter) in (spared if name.endswith("bias") or "norm" in name else decayed), name
+
+
+def test_with_data_the_defaults_are_the_papers_recipe():
+    given = vars(train.parse_arguments(["--data", "videos"]))
+    paper = dict(model="large", frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), mask_ratio=0.9, strategy="agnostic", target="frame", norm_pix=True,
+                 epochs=200, steps=None, repeat=4, accum=1, lr=1.6e-3, warmup=0.15, weight_decay=0.05, clip=0.02, checkpointing=False)
+    assert {key: given[key] for key in paper} == paper and train.Pretraining.BETAS == (0.9, 0.95)
+    clips = train.VideoClips(["a.mp4"], seed=0, repeat=4, frames=16, stride=4, size=(224, 224))
+    assert clips.area == (0.5, 1) and clips.flip
+    common = dict(frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), sampling="clip", lr=4.8e-3, weight_decay=0.05, clip=5, mixup=0.8, cutmix=1,
+                  smoothing=0.1, rand_augment=7, erase=0.25, flip=True, crop=0.08, views=(7, 3))
+    for size, recipe in (("base", dict(epochs=75, repeat=2, layer_decay=0.65, drop_path=0.1, dropout=0.3)),
+                         ("large", dict(epochs=50, repeat=2, layer_decay=0.75, drop_path=0.2, dropout=0.3)),
+                         ("huge", dict(epochs=75, repeat=1, layer_decay=0.8, drop_path=0.2, dropout=0.5))):
+        args = finetune.parse_arguments(["--data", "videos", "--init", "last.pt"])
+        trained = dict(model_args=mae_st.SIZES[size] | dict(frames=16, height=224, width=224, patch=(2, 16, 16)))
+        finetune.fill_in(args, train.Machine(torch.device("cpu"), 0, 1, 1), trained)
+        wanted = common | recipe | dict(model=size, warmup=5 / recipe["epochs"])
+        assert {key: getattr(args, key) for key in wanted} == wanted
+    assert finetune.Finetuning.BETAS == (0.9, 0.999)
+
+
+def test_steps_rates_and_passes_follow_from_the_batch_as_the_first_lines_say(some_videos, tmp_path, capsys):
+    for more, steps, warmup in ((["--epochs", "36"], 42, 6), (["--steps", "10", "--warmup", "0.5"], 10, 5)):  # ceil(36 * 7 / 6) = 42
+        args = train.parse_arguments(arguments(some_videos, tmp_path, "--accum", "3", "--target", "patch", "--no-norm-pix", *more))
+        machine = train.Machine(torch.device("cpu"), 0, 1, 1)
+        train.complete(args, machine)
+        run = train.Pretraining(args, machine)
+        assert run.steps == steps and run.peak_lr == pytest.approx(0.5 * 6 / 512)
+        assert run.model.target == "patch" and not run.model.norm_pix and not run.scaler.is_enabled()
+        run.report()
+        said = capsys.readouterr().out
+        for line in ("videos: 7, the first as read: " + "; ".join(f"{some_videos}/{i}.mp4 (no label)" for i in range(3)),
+                     "sees 2 of 8 tokens, 75.0% hidden (agnostic)", "batch: 2 videos x 3 micro-batches x 1 process(es) = 6 videos a step, x 2 clips = 12 clips",
+                     f"length: {steps} steps = {steps * 6 / 7:.1f} passes over the list = {steps * 12 / 7:.1f} effective epochs, warm-up {warmup} steps; "
+                     f"lr 0.5 x 6 / 512 = {0.5 * 6 / 512:.3g}; a checkpoint every 2 steps"):
+            assert line in said, line
+        assert "more videos than there are" not in said
+    args.batch_size = 7
+    train.Pretraining(args, machine).report()
+    assert "each is taken about 3.0 times a step" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
@@ -995,9 +1072,23 @@ def test_the_log_tells_how_long_a_step_takes_and_what_share_of_it_there_was_no_b
     monkeypatch.setattr(train, "update", taking(4, train.update))
     monkeypatch.setattr(train, "write_pictures", taking(100, train.write_pictures))
     assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--save-every", "2", "--accum", "3", "--workers", "0")) == 0
-    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+    for step, line in enumerate((tmp_path / "log.jsonl").read_text().splitlines(), start=1):
         row = json.loads(line)
         assert row["data_wait"] == pytest.approx(3 / 13, abs=1e-6) and row["clips_per_s"] == pytest.approx(3 * 2 * 2 / 13, abs=1e-6)
+        assert list(row) == "step epoch loss lr grad_norm clips_per_s data_wait peak_mem_gb".split()
+        assert row["step"] == step and row["epoch"] == pytest.approx(step * 6 / 7, abs=1e-6) and row["peak_mem_gb"] is None
+
+
+def test_a_compiled_run_is_the_same_run_and_is_compiled_once(some_videos, tmp_path, monkeypatch):
+    """The whole loop, with saving and pictures in between; without a compiler behind it, so that it takes no minute."""
+    monkeypatch.setattr(torch, "compile", lambda model, compile=torch.compile: compile(model, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for name, flag in (("plain", "--no-compile"), ("compiled", "--compile")):
+        assert train.main(arguments(some_videos, tmp_path / name, "--steps", "5", "--workers", "0", flag)) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert train.read_checkpoint(tmp_path / "compiled" / "last.pt")["step"] == 5  # though 2 does not divide it
+    assert_same_run(tmp_path / "plain" / "last.pt", tmp_path / "compiled" / "last.pt", tolerance=1e-6)
 
 
 def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos, tmp_path):
@@ -1053,6 +1144,10 @@ def test_pictures_show_original_masked_and_reconstruction(some_videos, tmp_path)
         with av.open(str(tmp_path / folder / "reconstruction.mp4")) as container:
             frame = next(container.decode(video=0))
             assert (frame.height - 4 * 96) % 16 == 0 and frame.width == 3 * 96
+    for model in (MaskedAutoencoder(**SMALL), MaskedAutoencoder(**SMALL).eval()):
+        before = model.training
+        train.picture_frames(model, torch.randn(1, 3, 4, 12, 20), 0.5, torch.rand(1, 2, 3, 5))
+        assert model.training == before
 
 
 def test_wrong_input_is_one_line(some_videos, tmp_path):
@@ -1065,7 +1160,8 @@ def test_wrong_input_is_one_line(some_videos, tmp_path):
              (["--frames", "5"], "frames 5.*2"), (["--size", "20"], "height 20.*8"), (["--mask-ratio", "0"], "mask ratio 0"), (["--mask-ratio", "1"], "mask ratio 1"),
              (["--out", str(tmp_path / "file")], "cannot be written"), (["--strategy", "tubes"], "invalid choice"), (["--patch", "2x8"], "three sizes"),
              (["--size", "big"], "not a size"), (["--steps", "-1"], "whole number"), (["--lr", "nan"], "not a number"), (["--init", "gone.pt"], "gone.pt"),
-             (["--reconstruct", "x.mp4"], "needs a trained model"), (["--amp", "fp16"], "needs a GPU"), (["--colour", "red"], "unrecognized")]
+             (["--reconstruct", "x.mp4"], "needs a trained model"), (["--amp", "fp16"], "needs a GPU"), (["--colour", "red"], "unrecognized"),
+             (["--epoch", "3"], "unrecognized"), (["--model", "giant"], "invalid choice")]
     for change, words in cases:
         with pytest.raises(train.InputError) as caught:
             train.main(arguments(some_videos, out, "--steps", "2", "--workers", "0") + change)
@@ -1361,6 +1457,14 @@ train.run_script(train.main)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the data workers gave no batch") and ".mp4" in last
     assert how == "dies" or "3.mp4" in last  # the death of a worker can show while another's batch is awaited
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_default_run_is_compiled_and_learns(some_videos, tmp_path):
+    command = [word if word != "cpu" else "cuda" for word in arguments(some_videos, tmp_path, "--steps", "30")]
+    assert train.main(command) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

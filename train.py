@@ -28,6 +28,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +127,7 @@ def h264_packet(data, length_size):
 
 
 def hevc_layer(data, length_size):
-    """(temporal layer, is it a sub-layer non-reference picture) of one HEVC packet: table 7-1 of H.265."""
+    """(temporal layer, from 1, and is it a sub-layer non-reference picture) of one HEVC packet: table 7-1 of H.265."""
     slices = [(data[at] >> 1 & 63, data[at + 1] & 7) for at in nal_headers(data, length_size) if data[at] >> 1 & 63 < 32]
     return max((layer for _, layer in slices), default=0), bool(slices) and all(kind <= 14 and kind % 2 == 0 for kind, _ in slices)
 
@@ -813,7 +814,9 @@ def find_checkpoint(folder):
 def load_init(path):
     """The content of the checkpoint given as --init: one of ours, or a released one in the form of ours."""
     try:
-        return from_released(read_checkpoint(path))
+        content = read_checkpoint(path)
+        content.pop("optimizer", None)  # two thirds of the file
+        return from_released(content)
     except (Damaged, ValueError) as problem:
         where = "" if isinstance(problem, Damaged) else f"{path}: "
         raise InputError(f"--init {where}{problem}; give another checkpoint") from problem
@@ -852,7 +855,9 @@ def start(device_name):
     if world > 1:
         # torchrun keeps its store over restarts: without a prefix the new processes would look for the dead ones' addresses.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        # A dead process is noticed by torchrun, and at once; this is for slow ones, such as one that waits --data-timeout for its batch.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(hours=2))
     machine = Machine(device, rank, world, here)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{available_cpus()} CPUs, {torch.get_num_threads()} threads"
     machine.say(f"device: {device.type} ({reason}), {name}, {world} process(es); "
@@ -1250,7 +1255,8 @@ class Pretraining:
         model = torch.compile(self.model) if args.compile else self.model
         if machine.world > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+            # A compiled model is cut where a bucket of gradients is full: at the default of 25 MB that is within every block of ViT-L.
+            model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=100)
         self.copy_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.log = Log(self.out, machine, self.step, self.steps)
         late, begin = None, mark(self.device)
