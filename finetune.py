@@ -114,7 +114,7 @@ PIXELS = (2, 3, 4)  # the dimensions T, H, W
 
 def blend(x, other, m):
     """Away from `other` for m > 0, towards it for m < 0."""
-    return other + (x - other) * (1 + 0.9 * m).clamp(min=0.1)
+    return other + (x - other) * (1 + 0.9 * m)
 
 
 def luma(x):

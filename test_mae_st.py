@@ -972,6 +972,11 @@ def test_with_data_the_defaults_are_the_papers_recipe():
         finetune.fill_in(args, train.Machine(torch.device("cpu"), 0, 1, 1), trained)
         wanted = common | recipe | dict(model=size, warmup=5 / recipe["epochs"])
         assert {key: getattr(args, key) for key in wanted} == wanted
+    args = finetune.parse_arguments(["--data", "videos", "--scratch"])
+    finetune.fill_in(args, train.Machine(torch.device("cpu"), 0, 1, 1), None)
+    assert args.layer_decay == 1 and args.model == "large" and args.drop_path == 0.2
+    probe = vars(finetune.parse_arguments(["--data", "videos", "--init", "last.pt", "--probe"]))
+    assert all(probe[key] == 0 for key in "drop_path dropout mixup cutmix smoothing rand_augment erase weight_decay".split())
     assert finetune.Finetuning.BETAS == (0.9, 0.999)
 
 
@@ -1767,6 +1772,18 @@ def test_each_operation_of_randaugment_equals_a_plain_loop_and_is_the_same_in_ev
         assert torch.equal(video[1, :, 0], video[1, :, 1]) and torch.equal(video[2], before[2])
 
 
+def test_in_a_batch_each_clip_gets_what_was_drawn_for_it():
+    rng = np.random.default_rng(0)
+    names = [*finetune.OPERATIONS, None]
+    drawn = [[(names[i], rng.uniform(-1, 1)) if names[i] else None for i in rng.integers(len(names), size=2)] for _ in range(40)]
+    video = torch.from_numpy(rng.integers(0, 256, (40, 3, 2, 9, 12), dtype=np.uint8))
+    alone = [video[b:b + 1].clone() for b in range(40)]
+    for clip, operations in zip(alone, drawn):
+        finetune.rand_augment(clip, [operations])
+    finetune.rand_augment(video, drawn)
+    assert_close(video.double(), torch.cat(alone).double(), 1, "of 255, clips")
+
+
 def test_randaugment_draws_every_operation_half_of_the_time_with_the_magnitude_asked_for():
     drawn = [operation for seed in range(3000) for operation in finetune.draw_operations(np.random.default_rng(seed), 7)]
     applied = [operation for operation in drawn if operation]
@@ -1782,6 +1799,13 @@ def test_holes_are_noise_of_the_right_size_the_same_in_every_frame():
     assert abs(sum(hole is not None for hole in holes) / 2000 - 0.25) < 0.04
     for top, bottom, left, right in filter(None, holes):
         assert 0 <= top < bottom <= 40 and 0 <= left < right <= 60 and 0.015 < (bottom - top) * (right - left) / 2400 < 0.36
+    holes = [finetune.draw_hole(np.random.default_rng(seed), 1, 400, 600) for seed in range(2000)]
+    top, bottom, left, right = np.array(holes).T
+    h, w = bottom - top, right - left
+    for numbers, low, high, margin in ((h * w / 240_000, 0.02, 1 / 3, 0.01), (np.log(h / w), math.log(0.3), -math.log(0.3), 0.1),
+                                       (top, 0, 400, 100), (left, 0, 600, 150), (bottom, 0, 400, 100), (right, 0, 600, 150)):
+        assert low - 0.02 <= numbers.min() and numbers.max() <= high + 0.02, (numbers.min(), numbers.max())
+        assert numbers.max() > high - margin and numbers.min() < low + margin, (numbers.min(), numbers.max())
     video = torch.zeros(2, 3, 4, 40, 60)
     finetune.erase(video, [None, (10, 30, 20, 50)])
     assert (video[0] == 0).all() and ((video[1] != 0) == (video[1, :1, :1] != 0)).all() and (video[1] != 0).sum() == 3 * 4 * 20 * 30
@@ -1893,6 +1917,29 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_
     assert [(row["step"], row["views"]) for row in rows[0] if "val_acc1" in row] == [(2, "1x1"), (4, "1x1"), (4, "2x3")] and [row["step"] for row in rows[0] if "loss" in row] == [1, 2, 3, 4]
     with pytest.raises(train.InputError, match="mixup 0.8 -> 0.0"):
         finetune.main(tuning(labelled, tmp_path / "whole", *more, "--mixup", 0))
+    peak, end, warm = 0.5 * 4 / 512, 1.6e-4 * 4 / 512, 4 * 5 / 75  # two clips of two videos; as for base, 5 of 75 epochs
+    shares = [1 / (warm + 1), *((1 + math.cos(math.pi * (step - warm) / (4 - warm))) / 2 for step in (1, 2, 3))]
+    assert_close([row["lr"] for row in rows[0] if "loss" in row], [end + (peak - end) * share for share in shares], 1e-6, "learning rates")
+
+
+def test_other_labels_or_other_weights_behind_the_same_names_are_another_run(labelled, tmp_path):
+    videos, listed, init = train.list_videos(labelled / "train"), tmp_path / "list.csv", tmp_path / "init.pt"
+
+    def run(labels, weights):
+        listed.write_text("".join(f"{videos[i]},{label}\n" for i, label in enumerate(labels)))
+        torch.save(weights, init)
+        command = tuning(labelled, tmp_path / "run", "--steps", 3, "--save-every", 2, "--workers", 0)
+        return finetune.main([{str(labelled / "train"): str(listed), str(labelled / "pretrain" / "last.pt"): str(init)}.get(word, word) for word in command])
+
+    labels, weights = videos.labels, train.read_checkpoint(labelled / "pretrain" / "last.pt")
+    assert run(labels, weights) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["views"]) for row in rows if "views" in row] == [(2, "1x1"), (3, "1x1"), (3, "2x3")]  # the last step too
+    with pytest.raises(train.InputError, match="arguments: labels [0-9]+ -> [0-9]+\\. Go on"):
+        run([labels[-1], *labels[1:]], weights)
+    weights["model"]["encoder.pos_time"] += 1
+    with pytest.raises(train.InputError, match="arguments: init_weights [0-9]+ -> [0-9]+\\. Go on"):
+        run(labels, weights)
 
 
 def test_evaluation_is_the_same_on_one_and_two_processes(labelled, tmp_path, monkeypatch):
