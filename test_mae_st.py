@@ -522,7 +522,6 @@ def test_packets_that_nothing_depends_on_are_not_decoded(tmp_path):
     assert len(decoded) <= 12, f"{len(decoded)} frames were decoded"
 
 
-@pytest.mark.parametrize("name", ["H.264, closed groups", "MPEG-4 in AVI"])
 def nal(kind, layer, size=None):
     """A NAL unit of HEVC, header and three bytes; layers count from 1; size: bytes of the length before it, None for a start code."""
     unit = bytes([kind << 1, layer, 1, 2, 3])
@@ -543,6 +542,7 @@ def test_a_picture_of_hevc_may_be_dropped_if_nothing_of_its_layer_needs_it_and_n
         assert train.read_packets(container, stream).droppable == [False, True, False] * 4
 
 
+@pytest.mark.parametrize("name", ["H.264, closed groups", "MPEG-4 in AVI"])
 def test_a_file_too_large_to_hold_is_read_twice_and_gives_the_same_clips(name, tmp_path, monkeypatch):
     file, codec, options, _ = CODECS[name]
     path = encode(tmp_path / file, natural_frames(48), codec, options=options)
