@@ -2176,6 +2176,61 @@ def test_the_profile_lists_what_a_step_spends_its_time_on(capsys):
     assert {name: bool(bench.MATRIX.search(name)) for name in kernels} == kernels
 
 
+def small_rows(*more):
+    args = bench.parse_arguments([*"--model tiny --frames 4 --size 32 --patch 2x8x8 --ratios 0.75 --batch-size 3 --repeat 2 --rounds 3 --device cpu".split(), *more])
+    bench.complete(args)
+    _, lines = bench.predict(args)
+    run = bench.Run(args, bench.start("cpu"))
+    return run, [bench.Row(run, line) for line in lines]
+
+
+def test_a_step_of_the_benchmark_is_one_of_training():
+    run, rows = small_rows("--decoder-width", "32", "--decoder-depth", "2")
+    assert len(run.model.decoder_blocks) == 2 and run.model.decoder_pos.shape[1] == 32
+    for row, loss_of in zip(rows, (run.model.dense, run.model.forward)):
+        model, noise = run.model, mask_noise("agnostic", 6, (2, 4, 4))
+        video = bench.random_video(6, run.args, run.device)
+        begin = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        loss_of(video, row.line["mask_ratio"], noise).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.02)
+        optimizer = torch.optim.AdamW([dict(params=[parameter], weight_decay=0.05 * (parameter.dim() > 1)) for parameter in model.parameters()], lr=1e-4, betas=(0.9, 0.95))
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        model.load_state_dict(begin)
+        run.optimizer.state.clear()
+        run.step(row.loss_function, video, noise)
+        for name, parameter in model.named_parameters():
+            assert_close(parameter.detach(), expected[name], 1e-6, name)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_tables_figures_follow_from_the_clock(some_videos, monkeypatch):
+    """On a clock of its own: a dense step takes 0.2 s, a sparse one 0.05 s, a matrix product 0.01 s, a batch 0.1 s to come."""
+    now, (run, rows) = [0.0], small_rows()
+    seconds = dict(zip((row.loss_function for row in rows), (0.2, 0.05)))
+
+    def pass_by(seconds, result=None):
+        now[0] += seconds
+        return result
+    monkeypatch.setattr(bench, "mark", lambda device: now[0])
+    monkeypatch.setattr(bench.Run, "step", lambda self, loss_function, video, noise: pass_by(seconds[loss_function]))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", lambda a, b: pass_by(0.01, a))
+        product = bench.measure(run, rows)
+    assert product == pytest.approx(2 * 2048**3 / 0.01 / 1e12)
+    dense, sparse = bench.results(rows, product)
+    for line, step in ((dense, 0.2), (sparse, 0.05)):
+        wanted = dict(clips=6, step_ms=step * 1e3, step_ms_min=step * 1e3, step_ms_max=step * 1e3, clips_per_s=6 / step, speedup=0.2 / step,
+                      measured_over_predicted=0.2 / step / line["predicted_speedup"], tflops=6 * line["gmacs"] * 6 / step / 1e3, gmacs=line["gmacs_encoder"] + line["gmacs_decoder"])
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted) and line["share_of_product"] == pytest.approx(line["tflops"] / product)
+    batch = train.collate([make_clips(some_videos, frames=4, size=(32, 32), noise=("agnostic", (2, 4, 4)))[k] for k in range(3)])
+    monkeypatch.setattr(bench, "loaded_batches", lambda videos, args, noise, size, steps, *_: (pass_by(0.1, batch) for _ in range(steps)))
+    monkeypatch.setattr(bench, "LEAST", 1)
+    for row, step in zip(rows, (0.2, 0.05)):
+        assert bench.with_loading(row, train.list_videos(some_videos), 1) == pytest.approx((6 / (0.1 + step), 0.1 / (0.1 + step)))
+
+
 # ----------------------------------------------------------------------------------------------- the README
 
 
