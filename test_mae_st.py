@@ -477,6 +477,7 @@ CODECS = {
     "VP8": ("a.webm", "libvpx", {"g": "12", "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "10"}, "yuv420p"),
     "AV1": ("a.mkv", "libsvtav1", {"g": "12", "preset": "10", "svtav1-params": "irefresh-type=1:lp=1"}, "yuv420p"),
     "MPEG-4 in AVI": ("a.avi", "mpeg4", {"g": "12", "bf": "2", "b": "300k"}, "yuv420p"),
+    "H.264 in AVI": ("a.avi", "libx264", X264 | {"x264-params": "keyint=12:bframes=3"}, "yuv420p"),
     "MPEG-4 in MP4": ("a.mp4", "mpeg4", {"g": "12", "bf": "2", "b": "300k"}, "yuv420p"),
     "MPEG-2": ("a.mpg", "mpeg2video", {"g": "12", "bf": "2", "b": "600k"}, "yuv420p"),
     "Motion JPEG": ("a.mkv", "mjpeg", {}, "yuvj420p"),
@@ -498,7 +499,7 @@ def test_wanted_frames_are_those_of_a_full_decode_bit_for_bit(name, tmp_path):
             assert np.array_equal(result, rendered([frames[i] for i in shown], (48, 64), clip.flip)), f"{name} from {start} s: other frames than {shown}"
 
 
-@pytest.mark.parametrize("name", sorted(CODECS.keys() - {"MPEG-4 in AVI"}))
+@pytest.mark.parametrize("name", sorted(name for name in CODECS if "AVI" not in name))
 def test_any_set_of_frames_comes_out_of_one_decode_of_a_part_bit_for_bit(name, tmp_path):
     """Also sets that reach over a key frame, where frames shown before it are decoded after it: with groups of 12, around 24."""
     file, codec, options, pix_fmt = CODECS[name]
@@ -657,6 +658,18 @@ def test_the_video_is_found_beside_cover_art_and_sound(before, tmp_path):
     assert shown == [3], f"frame {shown} of the video came out"
 
 
+@pytest.mark.parametrize("small_is_default", [False, True])
+def test_of_several_video_streams_the_default_one_is_read_or_else_the_largest(small_is_default, tmp_path):
+    def small(container):
+        stream = container.add_stream("mpeg4", rate=30)
+        stream.height = stream.width = 16
+        stream.pix_fmt, stream.disposition = "yuv420p", train.Disposition.default if small_is_default else 0
+        return stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 200, np.uint8), format="rgb24")) + stream.encode(None)
+
+    path = encode(tmp_path / "a.mkv", np.zeros((6, 32, 48, 3), np.uint8), before=small)
+    assert train.read_clips(path, [FixedClip([0])], (32, 32)).mean() == pytest.approx(200 if small_is_default else 0, abs=8)
+
+
 def test_random_crops_stay_within_area_and_aspect_and_starts_within_the_video():
     boxes, flips = [], []
     for seed in range(300):
@@ -688,7 +701,7 @@ def bad_files(folder):
     (folder / "text.mp4").write_text("this is a text\n" * 100)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "cut.mp4").write_bytes(data[:len(data) // 2])
-    (folder / "list.mp4").write_text(f"ffconcat version 1.0\nfile {good}\n")
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")
     (folder / "m3u.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:{good}\n#EXT-X-ENDLIST\n")
     (folder / "folder.mp4").mkdir()
     os.mkfifo(folder / "pipe.mp4")
@@ -699,7 +712,10 @@ def bad_files(folder):
 
 
 def test_files_that_are_no_videos_are_refused_with_a_reason(tmp_path):
-    for name in bad_files(tmp_path):
+    names = bad_files(tmp_path)
+    with av.open(str(tmp_path / "list.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 12, "the playlist is no danger, so this proves nothing"
+    for name in names:
         with pytest.raises(train.BadVideo) as caught:
             train.read_clips(str(tmp_path / name), [FixedClip([0])], (32, 32))
         assert str(caught.value).strip() and "\n" not in str(caught.value), name
@@ -769,7 +785,8 @@ def test_thousands_of_clips_leave_descriptors_threads_and_memory_as_they_were(tm
 @pytest.mark.parametrize("line, entry", [
     ("a.mp4", ("a.mp4", None)), ("a.mp4 3", ("a.mp4", "3")), ("a.mp4,3", ("a.mp4", "3")), ("my dir/a b.MP4 7", ("my dir/a b.MP4", "7")),
     ("a,b.webm, playing guitar", ("a,b.webm", "playing guitar")), ('"a, b.mp4",5', ("a, b.mp4", "5")), ("a.mp4\t2 ", ("a.mp4", "2")),
-    ("a.mp4 copy.mp4 3", ("a.mp4 copy.mp4", "3")), ("strange 4", ("strange", "4")), ("strange", ("strange", None))])
+    ("a.mp4 copy.mp4 3", ("a.mp4 copy.mp4", "3")), ("strange 4", ("strange", "4")), ("strange", ("strange", None)),
+    ("a.mp4v 3", ("a.mp4v", "3"))])
 def test_lines_of_a_list_file_are_read_as_meant(line, entry):
     assert train.parse_line(line) == entry
 
@@ -779,6 +796,8 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
     (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "b").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
     folder = train.list_videos(tmp_path / "set")
     assert "1 x .txt" in capsys.readouterr().out
     (tmp_path / "list.csv").write_bytes("\ufeffset/a/one.mp4 a\r\n\r\nset/a/x y.avi a\r\nset/b/two.mp4,b\r\n".encode())
@@ -882,6 +901,16 @@ def test_a_list_that_is_mostly_wrong_stops_the_run_with_the_first_reasons(some_v
             skipped.note(train.collate([clips[k]]))
 
 
+@pytest.mark.parametrize("outcomes, stopped_at", [("b" * 8, 8), ("b" * 7 + "g" * 20, None), ("gb" * 90, None), ("g" * 56 + "b" * 100, None),
+                                                  ("ggg" + "b" * 8, 11)])
+def test_a_run_stops_when_of_its_first_64_videos_eight_and_more_than_half_are_bad(outcomes, stopped_at):
+    skipped = train.Skipped([f"{i}.mp4" for i in range(200)], train.Machine(torch.device("cpu"), 0, 1, 1))
+    for i, outcome in enumerate(outcomes, start=1):
+        one = dict(index=torch.tensor([0] if outcome == "g" else []), bad=[(i, "broken")] if outcome == "b" else [])
+        with pytest.raises(train.InputError, match=f"^8 of the first {i} videos") if i == stopped_at else contextlib.nullcontext():
+            skipped.note(one)
+
+
 def test_a_long_list_is_one_block_of_bytes():
     paths = [f"/data/kinetics/train/class {i % 400}/{i:06d}.mp4" for i in range(300_000)]
     videos = train.VideoList(paths)
@@ -962,6 +991,10 @@ def test_with_data_the_defaults_are_the_papers_recipe():
     assert {key: given[key] for key in paper} == paper and train.Pretraining.BETAS == (0.9, 0.95)
     clips = train.VideoClips(["a.mp4"], seed=0, repeat=4, frames=16, stride=4, size=(224, 224))
     assert clips.area == (0.5, 1) and clips.flip
+    for device, batch_size, compiled in (("cuda", 16, True), ("cpu", 2, False)):
+        args = train.parse_arguments(["--data", "videos"])
+        train.complete(args, train.Machine(torch.device(device), 0, 1, 1))
+        assert (args.batch_size, args.compile) == (batch_size, compiled)
     common = dict(frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), sampling="clip", lr=4.8e-3, weight_decay=0.05, clip=5, mixup=0.8, cutmix=1,
                   smoothing=0.1, rand_augment=7, erase=0.25, flip=True, crop=0.08, views=(7, 3))
     for size, recipe in (("base", dict(epochs=75, repeat=2, layer_decay=0.65, drop_path=0.1, dropout=0.3)),
@@ -1084,6 +1117,63 @@ def test_the_log_tells_how_long_a_step_takes_and_what_share_of_it_there_was_no_b
         assert row["step"] == step and row["epoch"] == pytest.approx(step * 6 / 7, abs=1e-6) and row["peak_mem_gb"] is None
 
 
+def plain_steps(model, loss_of, scale_of, rates, batches, betas, clip):
+    """A loop anybody would write: no accumulation, no fused optimizer, no autocast. Yields loss and gradient norm.
+
+    scale_of(name of a parameter) -> its learning rate, relative to the others'.
+    """
+    optimizer = torch.optim.AdamW([dict(params=[parameter], weight_decay=0.0 if parameter.dim() == 1 else 0.05, scale=scale_of(name))
+                                   for name, parameter in model.named_parameters()], betas=betas, foreach=False)
+    for rate, batch in zip(rates, batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.zero_grad()
+        loss = loss_of(*batch)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
+        for g in gradients:
+            g *= min(1, clip / norm)
+        optimizer.step()
+        yield loss.item(), norm
+
+
+def assert_run_is(folder, model, steps):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for row, (loss, norm) in zip([row for row in rows if "loss" in row], steps, strict=True):
+        assert (row["loss"], row["grad_norm"]) == pytest.approx((loss, norm), rel=1e-4)
+    for key, tensor in train.read_checkpoint(folder / "last.pt")["model"].items():
+        assert_close(tensor, model.state_dict()[key], 2e-5, key)
+
+
+def test_a_run_is_nothing_but_a_plain_loop_over_its_samples(some_videos, tmp_path):
+    assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--accum", "2", "--workers", "0", "--warmup", "0.5")) == 0
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(**mae_st.SIZES["tiny"], frames=4, height=16, width=16, patch=(2, 8, 8))
+    clips = train.VideoClips(train.list_videos(some_videos), seed=0, repeat=2, frames=4, stride=2, size=(16, 16), noise=("agnostic", (2, 2, 2)))
+    items = [[clips[4 * step + i] for i in range(4)] for step in range(4)]  # two micro-batches of two videos
+    batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3), 0.75, torch.cat([item["noise"] for item in four])) for four in items]
+    rates = [0.5 * 4 / 512 * share for share in (1 / 3, 2 / 3, 1, 0.5)]
+    assert_run_is(tmp_path, model, plain_steps(model, model, lambda name: 1, rates, batches, (0.9, 0.95), 0.02))
+
+
+def test_precision_is_chosen_by_the_device_and_what_is_asked(some_videos, tmp_path, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    losses = {}
+    for amp in ("auto", "off", "bf16"):
+        train.main(arguments(some_videos, tmp_path / amp, "--steps", "1", "--workers", "0", "--amp", amp))
+        losses[amp] = json.loads((tmp_path / amp / "log.jsonl").read_text())["loss"]
+    assert losses["auto"] == losses["off"] and 1e-5 < abs(losses["bf16"] - losses["off"]) < 1e-2
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert [train.choose_precision(amp, gpu)[0] for amp in ("auto", "bf16", "fp16", "off")] == [torch.bfloat16, torch.bfloat16, torch.float16, None]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert train.choose_precision("auto", gpu)[0] is None and "fp16 is faster" in train.choose_precision("auto", gpu)[1]
+    for major, name in ((8, "float32 (TF32)"), (7, "float32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+        assert train.precision_name(None, gpu) == name
+    assert [train.precision_name(dtype, cpu) for dtype in (None, torch.bfloat16)] == ["float32", "bfloat16"]
+
+
 def test_a_compiled_run_is_the_same_run_and_is_compiled_once(some_videos, tmp_path, monkeypatch):
     """The whole loop, with saving and pictures in between; without a compiler behind it, so that it takes no minute."""
     monkeypatch.setattr(torch, "compile", lambda model, compile=torch.compile: compile(model, backend="eager"))
@@ -1149,10 +1239,12 @@ def test_pictures_show_original_masked_and_reconstruction(some_videos, tmp_path)
         with av.open(str(tmp_path / folder / "reconstruction.mp4")) as container:
             frame = next(container.decode(video=0))
             assert (frame.height - 4 * 96) % 16 == 0 and frame.width == 3 * 96
-    for model in (MaskedAutoencoder(**SMALL), MaskedAutoencoder(**SMALL).eval()):
-        before = model.training
-        train.picture_frames(model, torch.randn(1, 3, 4, 12, 20), 0.5, torch.rand(1, 2, 3, 5))
-        assert model.training == before
+    video = torch.randint(256, (1, 3, 4, 12, 20), dtype=torch.uint8)
+    for target, shown in (("frame", video[:, :, ::2]), ("patch", video)):
+        model = MaskedAutoencoder(**SMALL, target=target).train(target == "patch")
+        pixels, masked, filled = train.picture_frames(model, video, 0.5, torch.rand(1, 2, 3, 5))
+        assert np.array_equal(pixels, shown.permute(0, 2, 3, 4, 1)) and masked.shape == filled.shape == pixels.shape
+        assert model.training == (target == "patch")
 
 
 def test_wrong_input_is_one_line(some_videos, tmp_path):
@@ -1261,8 +1353,8 @@ def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_vide
             script.parse_arguments(["--help"])
         printed = " ".join(capsys.readouterr().out.split())
         assert all(re.search(word, printed) for word in words)
-    train.main(arguments(some_videos, tmp_path / "run", "--steps", "2"))
-    for more, words in (([], "75% hidden (agnostic)"), (["--mask-ratio", "0.5", "--strategy", "tube"], "50% hidden (tube)")):
+    train.main(arguments(some_videos, tmp_path / "run", "--steps", "2", "--strategy", "frame", "--mask-ratio", "0.5"))
+    for more, words in (([], "50% hidden (frame)"), (["--mask-ratio", "0.75", "--strategy", "tube"], "75% hidden (tube)")):
         train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--device", "cpu", *more])
         assert words in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "show").iterdir()) == ["reconstruction.mp4", "reconstruction.png"]
@@ -1920,6 +2012,26 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_
     peak, end, warm = 0.5 * 4 / 512, 1.6e-4 * 4 / 512, 4 * 5 / 75  # two clips of two videos; as for base, 5 of 75 epochs
     shares = [1 / (warm + 1), *((1 + math.cos(math.pi * (step - warm) / (4 - warm))) / 2 for step in (1, 2, 3))]
     assert_close([row["lr"] for row in rows[0] if "loss" in row], [end + (peak - end) * share for share in shares], 1e-6, "learning rates")
+
+
+def test_fine_tuning_is_nothing_but_a_plain_loop_where_nothing_is_drawn(labelled, tmp_path):
+    nothing = [word for name in "mixup cutmix drop-path dropout erase rand-augment".split() for word in (f"--{name}", "0")]
+    assert finetune.main(tuning(labelled, tmp_path, *nothing, "--steps", 4, "--accum", 2, "--lr", 0.5, "--end-lr", 0.1, "--warmup", 0.5,
+                                "--clip", 0.1, "--workers", 0)) == 0
+    before = train.read_checkpoint(labelled / "pretrain" / "last.pt")["model"]
+    torch.manual_seed(0)
+    model = mae_st.Classifier(classes=3, dim=128, depth=2, heads=4, frames=4, height=16, width=16, patch=(2, 8, 8), positions="waves")
+    model.encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in before.items() if name.startswith("encoder.")})
+    videos = train.list_videos(labelled / "train")
+    clips = train.VideoClips(videos, seed=0, repeat=2, frames=4, stride=2, size=(16, 16), area=(0.08, 1))
+    items = [[clips[4 * step + i] for i in range(4)] for step in range(4)]
+    numbers = [torch.tensor([["left", "right", "up"].index(videos.labels[item["index"]]) for item in four for _ in range(2)]) for four in items]
+    batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3), label) for four, label in zip(items, numbers)]
+    rates = [8 / 512 * (0.1 + 0.4 * share) for share in (1 / 3, 2 / 3, 1, 0.5)]  # per 512 clips
+    depth = {"encoder.blocks.0": 1, "encoder.blocks.1": 2, "encoder.norm.weight": 3, "encoder.norm.bias": 3, "head.weight": 3, "head.bias": 3}
+    scale_of = lambda name: 0.65 ** (3 - next((at for beginning, at in depth.items() if name.startswith(beginning)), 0))
+    loss_of = lambda video, label: -(model(video).log_softmax(1) * (F.one_hot(label, 3) * 0.9 + 0.1 / 3)).sum(1).mean()
+    assert_run_is(tmp_path, model, plain_steps(model, loss_of, scale_of, rates, batches, (0.9, 0.999), 0.1))
 
 
 def test_other_labels_or_other_weights_behind_the_same_names_are_another_run(labelled, tmp_path):
