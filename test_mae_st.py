@@ -728,6 +728,11 @@ def test_huge_frames_are_refused(tmp_path, monkeypatch):
         train.read_clips(path, [FixedClip([0])], (32, 32))
 
 
+def test_a_file_is_decoded_by_one_thread(tmp_path):
+    with train.open_video(encode(tmp_path / "a.mp4", natural_frames(2, 64, 64))) as (_, stream):
+        assert stream.codec_context.thread_count == 1
+
+
 def test_damaged_files_decode_or_are_reported(tmp_path):
     """Bits flipped, cut, zeroed, spliced: never a crash, a hang or a wrong shape."""
     rng = np.random.default_rng(0)
@@ -786,7 +791,7 @@ def test_thousands_of_clips_leave_descriptors_threads_and_memory_as_they_were(tm
     ("a.mp4", ("a.mp4", None)), ("a.mp4 3", ("a.mp4", "3")), ("a.mp4,3", ("a.mp4", "3")), ("my dir/a b.MP4 7", ("my dir/a b.MP4", "7")),
     ("a,b.webm, playing guitar", ("a,b.webm", "playing guitar")), ('"a, b.mp4",5', ("a, b.mp4", "5")), ("a.mp4\t2 ", ("a.mp4", "2")),
     ("a.mp4 copy.mp4 3", ("a.mp4 copy.mp4", "3")), ("strange 4", ("strange", "4")), ("strange", ("strange", None)),
-    ("a.mp4v 3", ("a.mp4v", "3"))])
+    ("a.mp4v 3", ("a.mp4v", "3")), ('my "best".mp4 3', ('my "best".mp4', "3"))])
 def test_lines_of_a_list_file_are_read_as_meant(line, entry):
     assert train.parse_line(line) == entry
 
@@ -1146,7 +1151,7 @@ def assert_run_is(folder, model, steps):
         assert_close(tensor, model.state_dict()[key], 2e-5, key)
 
 
-def test_a_run_is_nothing_but_a_plain_loop_over_its_samples(some_videos, tmp_path):
+def test_a_run_is_nothing_but_a_plain_loop_over_its_samples(some_videos, tmp_path, capsys):
     assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--accum", "2", "--workers", "0", "--warmup", "0.5")) == 0
     torch.manual_seed(0)
     model = MaskedAutoencoder(**mae_st.SIZES["tiny"], frames=4, height=16, width=16, patch=(2, 8, 8))
@@ -1155,6 +1160,11 @@ def test_a_run_is_nothing_but_a_plain_loop_over_its_samples(some_videos, tmp_pat
     batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3), 0.75, torch.cat([item["noise"] for item in four])) for four in items]
     rates = [0.5 * 4 / 512 * share for share in (1 / 3, 2 / 3, 1, 0.5)]
     assert_run_is(tmp_path, model, plain_steps(model, model, lambda name: 1, rates, batches, (0.9, 0.95), 0.02))
+    model.decoder_pred.weight.data.zero_()
+    model.decoder_pred.bias.data.zero_()  # normalised patches have a mean of 0
+    video, ratio, noise = batches[0]
+    said = re.search(r"loss of always predicting the mean: (.*) on the first batch", capsys.readouterr().out).group(1)
+    assert float(said) == pytest.approx(model(video[:4], ratio, noise[:4]).item(), abs=1e-4)
 
 
 def test_precision_is_chosen_by_the_device_and_what_is_asked(some_videos, tmp_path, monkeypatch):
