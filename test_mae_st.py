@@ -96,7 +96,8 @@ def test_masks_partition_the_tokens_with_the_same_number_for_every_clip(strategy
     if strategy == "block":  # cubes are seen whole or hidden whole, all but the one where the number ran out
         sides = [max(2, math.ceil(length / 4)) for length in grid]
         for b in range(5):
-            cubes = [seen[b, i:i + sides[0], j:j + sides[1], k:k + sides[2]] for i in range(0, t, sides[0]) for j in range(0, h, sides[1]) for k in range(0, w, sides[2])]
+            cubes = [seen[b, i:i + sides[0], j:j + sides[1], k:k + sides[2]] for i in range(0, t, sides[0]) for j in range(0, h, sides[1])
+                     for k in range(0, w, sides[2])]
             assert sum(bool(cube.any() and not cube.all()) for cube in cubes) <= 1
 
 
@@ -140,7 +141,8 @@ def plain_block(block, x):
     """One transformer block on one clip's tokens (N, D), written out."""
     D, heads = x.shape[1], block.attn.heads
     d = D // heads
-    q, k, v = F.linear(F.layer_norm(x, (D,), block.norm1.weight, block.norm1.bias, 1e-6), block.attn.qkv.weight, block.attn.qkv.bias).split(D, dim=1)
+    q, k, v = F.linear(F.layer_norm(x, (D,), block.norm1.weight, block.norm1.bias, 1e-6), block.attn.qkv.weight,
+                       block.attn.qkv.bias).split(D, dim=1)
     out = [torch.softmax(q[:, i:i + d] @ k[:, i:i + d].T / math.sqrt(d), dim=1) @ v[:, i:i + d] for i in range(0, D, d)]
     x = x + F.linear(torch.cat(out, dim=1), block.attn.proj.weight, block.attn.proj.bias)
     y = F.linear(F.layer_norm(x, (D,), block.norm2.weight, block.norm2.bias, 1e-6), block.mlp[0].weight, block.mlp[0].bias)
@@ -163,12 +165,14 @@ def plain_loss(model, video, hidden):
                 targets.append(target)
                 places.append(i)
             else:
-                tokens.append(encoder.embed.weight @ patch.flatten() + encoder.embed.bias + encoder.pos_time[ti] + encoder.pos_space[yi * W + xi])
+                position = encoder.pos_time[ti] + encoder.pos_space[yi * W + xi]
+                tokens.append(encoder.embed.weight @ patch.flatten() + encoder.embed.bias + position)
                 rows.append(1 + i)
         x = torch.stack(tokens)
         for block in encoder.blocks:
             x = plain_block(block, x)
-        x = F.linear(F.layer_norm(x, x.shape[1:], encoder.norm.weight, encoder.norm.bias, 1e-6), model.decoder_embed.weight, model.decoder_embed.bias)
+        x = F.linear(F.layer_norm(x, x.shape[1:], encoder.norm.weight, encoder.norm.bias, 1e-6), model.decoder_embed.weight,
+                     model.decoder_embed.bias)
         full = [model.mask_token[0] + model.decoder_pos[i] for i in range(1 + H * W * encoder.grid[0])]  # in their natural order
         for row, token in zip(rows, x):
             full[row] = token + model.decoder_pos[row]
@@ -251,7 +255,8 @@ def test_reconstruct_keeps_what_was_seen_and_fills_in_the_predictions(target, no
 
 
 def test_positions_that_start_as_waves_are_sines_and_cosines_of_each_axis():
-    model = MaskedAutoencoder(frames=6, height=4, width=10, patch=(2, 2, 2), dim=32, depth=1, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=1, positions="waves")
+    model = MaskedAutoencoder(frames=6, height=4, width=10, patch=(2, 2, 2), dim=32, depth=1, heads=2, decoder_dim=16, decoder_depth=1,
+                              decoder_heads=1, positions="waves")
     for table, dim in ((model.encoder.positions(), 32), (model.decoder_pos[1:], 16)):
         expected = torch.zeros(3, 2, 5, dim)
         for place in np.ndindex(3, 2, 5):
@@ -304,7 +309,8 @@ def test_drop_path_skips_whole_clips_and_keeps_the_mean():
     assert_close(y[kept], x[kept] / 0.75, 1e-6, "kept clips")
     assert (y[~kept] == 0).all() and abs(kept.float().mean() - 0.75) < 0.04
     assert torch.equal(drop.eval()(x), x)
-    rates = [block.drop_path.rate for block in mae_st.Encoder(**{k: v for k, v in SMALL.items() if "decoder" not in k} | dict(depth=5), drop_path=0.2).blocks]
+    rates = [block.drop_path.rate
+             for block in mae_st.Encoder(**{k: v for k, v in SMALL.items() if "decoder" not in k} | dict(depth=5), drop_path=0.2).blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
@@ -323,12 +329,15 @@ def test_sizes_have_the_papers_shapes_and_numbers_of_parameters(size, millions, 
 def test_the_defaults_are_the_papers_vit_l_on_16_frames_of_224():
     with torch.device("meta"):
         default = MaskedAutoencoder()
-        spelt_out = MaskedAutoencoder(frames=16, height=224, width=224, channels=3, patch=(2, 16, 16), target="frame", **mae_st.SIZES["large"])
+        spelt_out = MaskedAutoencoder(frames=16, height=224, width=224, channels=3, patch=(2, 16, 16), target="frame",
+                                      **mae_st.SIZES["large"])
         classifier = mae_st.Classifier(classes=400)
     for ours, theirs in ((default, spelt_out), (classifier.encoder, spelt_out.encoder)):
-        assert {name: table.shape for name, table in ours.named_parameters()} == {name: table.shape for name, table in theirs.named_parameters()}
+        shapes = [{name: table.shape for name, table in module.named_parameters()} for module in (ours, theirs)]
+        assert shapes[0] == shapes[1]
     for encoder in (default.encoder, classifier.encoder):
-        assert encoder.blocks[0].attn.heads == 16 and not encoder.checkpointing and {block.drop_path.rate for block in encoder.blocks} == {0}
+        assert encoder.blocks[0].attn.heads == 16 and not encoder.checkpointing
+        assert {block.drop_path.rate for block in encoder.blocks} == {0}
     assert default.norm_pix and default.target == "frame" and classifier.dropout.p == 0
 
 
@@ -357,7 +366,8 @@ def test_the_snippet_in_the_readme_runs_and_gives_the_shapes_it_says():
     names = {}
     for snippet in snippets:
         exec(snippet, names)
-    assert len(snippets) == 1 and names["loss"].isfinite() and names["filled"].shape == (2, 3, 8, 224, 224) and names["mask"].shape == (2, 8, 14, 14)
+    assert len(snippets) == 1 and names["loss"].isfinite()
+    assert names["filled"].shape == (2, 3, 8, 224, 224) and names["mask"].shape == (2, 8, 14, 14)
     assert names["tokens"].shape == (2, 1568, 384) and names["cls"].shape == (2, 384)
 
 
@@ -404,7 +414,8 @@ def natural_frames(count=40, height=96, width=128, seed=0):
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
-def encode(path, frames, codec="libx264", rate=30, options=None, pix_fmt="yuv420p", pts=None, before=None, aspect=None, rotation=0, color_range=None):
+def encode(path, frames, codec="libx264", rate=30, options=None, pix_fmt="yuv420p", pts=None, before=None, aspect=None, rotation=0,
+           color_range=None):
     """Write frames to a video file; pts in units of 1/1000 s, if given."""
     with av.open(str(path), "w") as container:
         others = before(container) if before else []
@@ -472,8 +483,10 @@ CODECS = {
     "H.264, 10 bit": ("a.mp4", "libx264", X264 | {"x264-params": "keyint=12:bframes=3"}, "yuv420p10le"),
     "H.264, 4:4:4": ("a.mp4", "libx264", X264 | {"x264-params": "keyint=12:bframes=3"}, "yuv444p"),
     "HEVC": ("a.mp4", "libx265", {"x265-params": "keyint=12:bframes=4:pools=none:log-level=none", "preset": "fast"}, "yuv420p"),
-    "HEVC, open groups, layers": ("a.mkv", "libx265", {"x265-params": "keyint=12:open-gop=1:temporal-layers=2:bframes=4:pools=none:log-level=none", "preset": "fast"}, "yuv420p"),
-    "VP9": ("a.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "6", "auto-alt-ref": "1", "lag-in-frames": "10"}, "yuv420p"),
+    "HEVC, open groups, layers": ("a.mkv", "libx265", {"x265-params": "keyint=12:open-gop=1:temporal-layers=2:bframes=4:pools=none:"
+                                                                      "log-level=none", "preset": "fast"}, "yuv420p"),
+    "VP9": ("a.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "6", "auto-alt-ref": "1", "lag-in-frames": "10"},
+            "yuv420p"),
     "VP8": ("a.webm", "libvpx", {"g": "12", "deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "10"}, "yuv420p"),
     "AV1": ("a.mkv", "libsvtav1", {"g": "12", "preset": "10", "svtav1-params": "irefresh-type=1:lp=1"}, "yuv420p"),
     "MPEG-4 in AVI": ("a.avi", "mpeg4", {"g": "12", "bf": "2", "b": "300k"}, "yuv420p"),
@@ -496,7 +509,8 @@ def test_wanted_frames_are_those_of_a_full_decode_bit_for_bit(name, tmp_path):
         got = train.read_clips(path, clips, (48, 64))
         for clip, result in zip(clips, got):
             shown = [max(i for i, s in enumerate(seconds) if s <= t + 1e-3) for t in clip.fixed]
-            assert np.array_equal(result, rendered([frames[i] for i in shown], (48, 64), clip.flip)), f"{name} from {start} s: other frames than {shown}"
+            expected = rendered([frames[i] for i in shown], (48, 64), clip.flip)
+            assert np.array_equal(result, expected), f"{name} from {start} s: other frames than {shown}"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in CODECS if "AVI" not in name))
@@ -506,7 +520,8 @@ def test_any_set_of_frames_comes_out_of_one_decode_of_a_part_bit_for_bit(name, t
     path = encode(tmp_path / file, natural_frames(48), codec, options=options, pix_fmt=pix_fmt)
     frames, seconds = full_decode(path)
     whole, rng = rendered(frames, (48, 64)), np.random.default_rng(0)
-    sets = [[a, 23, 24] for a in range(12, 23)] + [sorted(rng.choice(48, rng.integers(2, 7), replace=False)) for _ in range(400 if LONG else 10)]
+    sets = [[a, 23, 24] for a in range(12, 23)] + [sorted(rng.choice(48, rng.integers(2, 7), replace=False))
+                                                   for _ in range(400 if LONG else 10)]
     for chosen in sets:
         got = train.read_needed(path, [FixedClip([seconds[i] for i in chosen])], (48, 64))
         assert got is not None and np.array_equal(got[0], whole[chosen]), f"{name}: other frames than {chosen}"
@@ -531,8 +546,9 @@ def nal(kind, layer, size=None):
 
 @pytest.mark.parametrize("size", [None, 2, 4])
 def test_a_picture_of_hevc_may_be_dropped_if_nothing_of_its_layer_needs_it_and_no_layer_is_above(size, tmp_path, monkeypatch):
-    for kinds, layer, droppable in (((0,), 1, True), ((1,), 1, False), ((2,), 2, True), ((8, 8), 3, True), ((8, 9), 3, False), ((14,), 7, True),
-                                    ((15,), 2, False), ((16,), 1, False), ((19,), 1, False), ((20,), 1, False), ((32, 33, 34, 39, 0), 1, True)):
+    for kinds, layer, droppable in (((0,), 1, True), ((1,), 1, False), ((2,), 2, True), ((8, 8), 3, True), ((8, 9), 3, False),
+                                    ((14,), 7, True), ((15,), 2, False), ((16,), 1, False), ((19,), 1, False), ((20,), 1, False),
+                                    ((32, 33, 34, 39, 0), 1, True)):
         packet = b"".join(nal(kind, layer, size) for kind in kinds)
         assert train.hevc_layer(packet, size or 0) == (layer, droppable), kinds
     assert train.hevc_layer(nal(39, 1, size), size or 0) == (0, False)  # no picture in it
@@ -626,7 +642,7 @@ def test_pixels_that_are_not_square_are_cropped_as_they_are_shown(tmp_path):
 @pytest.mark.parametrize("pix_fmt, color_range", [("yuv420p", 1), ("yuv420p", 2), ("yuvj420p", 2), ("yuv444p", 1), ("yuv420p10le", 1)])
 def test_colours_come_out_as_they_went_in(pix_fmt, color_range, tmp_path):
     colours = np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128]], np.uint8)
-    frames = np.broadcast_to(colours[:, None, None], (6, 35, 51, 3)) if pix_fmt == "yuv444p" else np.broadcast_to(colours[:, None, None], (6, 36, 52, 3))
+    frames = np.broadcast_to(colours[:, None, None], (6, 35, 51, 3) if pix_fmt == "yuv444p" else (6, 36, 52, 3))
     path = encode(tmp_path / "a.mkv", frames, pix_fmt=pix_fmt, options={"crf": "1"}, color_range=color_range)
     got = train.read_clips(path, [FixedClip(np.arange(6) / 30)], (30, 40))[0]
     assert_close(got.astype(float), np.broadcast_to(colours[:, None, None].astype(float), got.shape).copy(), 8, "colours")
@@ -682,7 +698,8 @@ def test_random_crops_stay_within_area_and_aspect_and_starts_within_the_video():
         times = clip.times(np.arange(301) / 30)
         assert times[0] >= 0 and times[-1] <= 10 and np.allclose(np.diff(times), 4 / 30)
     x, y, area, aspect = np.array(boxes).T
-    for numbers, low, high in ((x, 0.01, 0.3), (y, 0.01, 0.2), (area, 0.52, 0.9), (aspect, math.log(0.8), math.log(1.25))):  # all of the range
+    for numbers, low, high in ((x, 0.01, 0.3), (y, 0.01, 0.2), (area, 0.52, 0.9), (aspect, math.log(0.8), math.log(1.25))):
+        # all of the range
         assert numbers.min() <= low and numbers.max() >= high, (numbers.min(), numbers.max())
     assert abs(np.mean(flips) - 0.5) < 0.1
 
@@ -736,8 +753,11 @@ def test_a_file_is_decoded_by_one_thread(tmp_path):
 def test_damaged_files_decode_or_are_reported(tmp_path):
     """Bits flipped, cut, zeroed, spliced: never a crash, a hang or a wrong shape."""
     rng = np.random.default_rng(0)
-    sources = [Path(encode(tmp_path / f"{i}{file}", natural_frames(24, 48, 64), codec, options=options, pix_fmt=pix_fmt)).read_bytes()
-               for i, (file, codec, options, pix_fmt) in enumerate(CODECS[name] for name in ("H.264, closed groups", "HEVC", "VP9", "AV1", "MPEG-4 in AVI", "MPEG-2"))]
+    sources = []
+    for name in ("H.264, closed groups", "HEVC", "VP9", "AV1", "MPEG-4 in AVI", "MPEG-2"):
+        file, codec, options, pix_fmt = CODECS[name]
+        path = encode(tmp_path / f"{len(sources)}{file}", natural_frames(24, 48, 64), codec, options=options, pix_fmt=pix_fmt)
+        sources.append(Path(path).read_bytes())
     outcomes = {"decoded": 0, "reported": 0}
     for trial in range(500 if LONG else 30):
         data = bytearray(sources[trial % len(sources)])
@@ -766,7 +786,8 @@ def test_damaged_files_decode_or_are_reported(tmp_path):
 
 def test_thousands_of_clips_leave_descriptors_threads_and_memory_as_they_were(tmp_path):
     paths = [encode(tmp_path / f"{name}.{file}", natural_frames(24, 48, 64), codec, options=options)
-             for name, (file, codec, options, _) in CODECS.items() if name in ("H.264, closed groups", "VP9", "MPEG-4 in AVI")] + [str(tmp_path / "bad.mp4")]
+             for name, (file, codec, options, _) in CODECS.items()
+             if name in ("H.264, closed groups", "VP9", "MPEG-4 in AVI")] + [str(tmp_path / "bad.mp4")]
     Path(paths[-1]).write_bytes(Path(paths[0]).read_bytes()[:3000])
 
     def usage():
@@ -807,7 +828,8 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
     assert "1 x .txt" in capsys.readouterr().out
     (tmp_path / "list.csv").write_bytes("\ufeffset/a/one.mp4 a\r\n\r\nset/a/x y.avi a\r\nset/b/two.mp4,b\r\n".encode())
     listed = train.list_videos(tmp_path / "list.csv")
-    assert [listed[i] for i in range(len(listed))] == [folder[i] for i in range(len(folder))] == [str(tmp_path / "set" / name) for name in ("a/one.mp4", "a/x y.avi", "b/two.mp4")]
+    expected = [str(tmp_path / "set" / name) for name in ("a/one.mp4", "a/x y.avi", "b/two.mp4")]
+    assert [listed[i] for i in range(len(listed))] == [folder[i] for i in range(len(folder))] == expected
     assert listed.labels == folder.labels == ["a", "a", "b"]
     for name in ("stray.mp4", "a/._one.mp4"):  # a video beside the class folders, and what macOS writes beside a video
         (tmp_path / "set" / name).touch()
@@ -822,13 +844,15 @@ def test_the_checksum_of_a_list_stays_when_the_data_move():
     for some in (names, names[:1], names[::2]):
         here, there = (train.VideoList([f"{root}/{name}" for name in some]).checksum() for root in ("/a/data", "/mnt/b/data"))
         assert here == there
-    assert train.VideoList([f"/a/{name}" for name in names]).checksum() != train.VideoList([f"/a/{name}" for name in names[::-1]]).checksum()
+    one, other = (train.VideoList([f"/a/{name}" for name in some]).checksum() for some in (names, names[::-1]))
+    assert one != other
 
 
 def test_lists_in_any_shape_give_videos_or_one_clear_line(tmp_path):
     """Fuzz: whatever the list holds, it is read or refused in one line."""
     rng = pyrandom.Random(0)
-    pieces = [b"a.mp4", b" ", b",", b"\t", b'"', b"\r\n", b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"x" * 10000, b"/", b"..", "\u00e9\u4e2d".encode(), b"3", b"label", b"\0", b".avi"]
+    pieces = [b"a.mp4", b" ", b",", b"\t", b'"', b"\r\n", b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"x" * 10000, b"/", b"..",
+              "\u00e9\u4e2d".encode(), b"3", b"label", b"\0", b".avi"]
     for trial in range(2000 if LONG else 300):
         (tmp_path / "list.txt").write_bytes(b"".join(rng.choice(pieces) for _ in range(rng.randrange(12))))
         try:
@@ -848,7 +872,8 @@ def some_videos(tmp_path_factory):
 
 
 def make_clips(folder, **changes):
-    return train.VideoClips(train.list_videos(folder), **dict(seed=3, repeat=2, frames=4, stride=2, size=(16, 16), noise=("agnostic", (2, 2, 2))) | changes)
+    return train.VideoClips(train.list_videos(folder),
+                            **dict(seed=3, repeat=2, frames=4, stride=2, size=(16, 16), noise=("agnostic", (2, 2, 2))) | changes)
 
 
 def same_batches(a, b):
@@ -873,12 +898,15 @@ def test_the_same_samples_give_the_same_bytes_with_any_number_of_workers_and_pro
 def test_workers_are_a_share_of_the_cpus_within_reason(monkeypatch):
     monkeypatch.setattr(train, "available_cpus", lambda: 192)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [train.choose_workers(*given)[0] for given in ((None, gpu, 8), (None, gpu, 1), (None, gpu, 500), (0, gpu, 8), (None, cpu, 1))] == [24, 32, 1, 0, 1]
+    asked = (None, gpu, 8), (None, gpu, 1), (None, gpu, 500), (0, gpu, 8), (None, cpu, 1)
+    assert [train.choose_workers(*given)[0] for given in asked] == [24, 32, 1, 0, 1]
 
 
 def test_an_error_in_a_data_worker_is_told_with_its_reason():
-    with pytest.raises(train.InputError, match="worker process 0.* ... RuntimeError: the reason. Expected were a.mp4, b.mp4. Take"), train.data_errors_explained(lambda: ["a.mp4", "b.mp4"]):
-        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\nRuntimeError: the reason")
+    told = "worker process 0.* ... RuntimeError: the reason. Expected were a.mp4, b.mp4. Take"
+    with pytest.raises(train.InputError, match=told), train.data_errors_explained(lambda: ["a.mp4", "b.mp4"]):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
+                           "Traceback (most recent call last):\nRuntimeError: the reason")
 
 
 def test_every_pass_takes_every_video_once_in_a_new_order(some_videos):
@@ -925,7 +953,8 @@ def test_a_long_list_is_one_block_of_bytes():
 
 @pytest.mark.parametrize("move", train.MOVES)
 def test_a_generated_scene_moves_as_its_class_says(move):
-    """Least squares for the velocity from what changes where the picture is sloped (Lucas and Kanade); shapes have steep edges and are left out."""
+    """Least squares for the velocity from what changes where the picture is sloped (Lucas and Kanade); shapes have steep edges and are
+    left out."""
     angle, velocities = train.MOVES.index(move) * math.pi / 4, []
     for seed, colour in enumerate(train.COLOURS):
         video = train.moving_shapes(np.random.default_rng(seed), move, colour, 12, 64).astype(float).mean(-1)  # (T, H, W)
@@ -991,7 +1020,8 @@ def test_weight_decay_spares_biases_and_norms():
 
 def test_with_data_the_defaults_are_the_papers_recipe():
     given = vars(train.parse_arguments(["--data", "videos"]))
-    paper = dict(model="large", frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), mask_ratio=0.9, strategy="agnostic", target="frame", norm_pix=True,
+    paper = dict(model="large", frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), mask_ratio=0.9, strategy="agnostic",
+                 target="frame", norm_pix=True,
                  epochs=200, steps=None, repeat=4, accum=1, lr=1.6e-3, warmup=0.15, weight_decay=0.05, clip=0.02, checkpointing=False)
     assert {key: given[key] for key in paper} == paper and train.Pretraining.BETAS == (0.9, 0.95)
     clips = train.VideoClips(["a.mp4"], seed=0, repeat=4, frames=16, stride=4, size=(224, 224))
@@ -1000,8 +1030,8 @@ def test_with_data_the_defaults_are_the_papers_recipe():
         args = train.parse_arguments(["--data", "videos"])
         train.complete(args, train.Machine(torch.device(device), 0, 1, 1))
         assert (args.batch_size, args.compile) == (batch_size, compiled)
-    common = dict(frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), sampling="clip", lr=4.8e-3, weight_decay=0.05, clip=5, mixup=0.8, cutmix=1,
-                  smoothing=0.1, rand_augment=7, erase=0.25, flip=True, crop=0.08, views=(7, 3))
+    common = dict(frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), sampling="clip", lr=4.8e-3, weight_decay=0.05, clip=5,
+                  mixup=0.8, cutmix=1, smoothing=0.1, rand_augment=7, erase=0.25, flip=True, crop=0.08, views=(7, 3))
     for size, recipe in (("base", dict(epochs=75, repeat=2, layer_decay=0.65, drop_path=0.1, dropout=0.3)),
                          ("large", dict(epochs=50, repeat=2, layer_decay=0.75, drop_path=0.2, dropout=0.3)),
                          ("huge", dict(epochs=75, repeat=1, layer_decay=0.8, drop_path=0.2, dropout=0.5))):
@@ -1029,8 +1059,10 @@ def test_steps_rates_and_passes_follow_from_the_batch_as_the_first_lines_say(som
         run.report()
         said = capsys.readouterr().out
         for line in ("videos: 7, the first as read: " + "; ".join(f"{some_videos}/{i}.mp4 (no label)" for i in range(3)),
-                     "sees 2 of 8 tokens, 75.0% hidden (agnostic)", "batch: 2 videos x 3 micro-batches x 1 process(es) = 6 videos a step, x 2 clips = 12 clips",
-                     f"length: {steps} steps = {steps * 6 / 7:.1f} passes over the list = {steps * 12 / 7:.1f} effective epochs, warm-up {warmup} steps; "
+                     "sees 2 of 8 tokens, 75.0% hidden (agnostic)",
+                     "batch: 2 videos x 3 micro-batches x 1 process(es) = 6 videos a step, x 2 clips = 12 clips",
+                     f"length: {steps} steps = {steps * 6 / 7:.1f} passes over the list = {steps * 12 / 7:.1f} effective epochs, "
+                     f"warm-up {warmup} steps; "
                      f"lr 0.5 x 6 / 512 = {0.5 * 6 / 512:.3g}; a checkpoint every 2 steps"):
             assert line in said, line
         assert "more videos than there are" not in said
@@ -1053,7 +1085,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert all(state["step"] == 2 for state in optimizer.state.values())
 
 
-TINY = "--model tiny --frames 4 --stride 2 --size 16 --patch 2x8x8 --mask-ratio 0.75 --repeat 2 --batch-size 2 --lr 0.5 --device cpu --save-every 2".split()
+TINY = ("--model tiny --frames 4 --stride 2 --size 16 --patch 2x8x8 --mask-ratio 0.75 --repeat 2 --batch-size 2 --lr 0.5 --device cpu "
+        "--save-every 2").split()
 
 
 def arguments(folder, out, *more):
@@ -1086,7 +1119,8 @@ def assert_same_run(a, b, tolerance=0.0):
 
 def run_script(*command, check=0, timeout=120, cwd=HERE):
     """Run a script of this repository and look at its exit status; whatever happens, nothing of it stays behind."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -1155,9 +1189,11 @@ def test_a_run_is_nothing_but_a_plain_loop_over_its_samples(some_videos, tmp_pat
     assert train.main(arguments(some_videos, tmp_path, "--steps", "4", "--accum", "2", "--workers", "0", "--warmup", "0.5")) == 0
     torch.manual_seed(0)
     model = MaskedAutoencoder(**mae_st.SIZES["tiny"], frames=4, height=16, width=16, patch=(2, 8, 8))
-    clips = train.VideoClips(train.list_videos(some_videos), seed=0, repeat=2, frames=4, stride=2, size=(16, 16), noise=("agnostic", (2, 2, 2)))
+    clips = train.VideoClips(train.list_videos(some_videos), seed=0, repeat=2, frames=4, stride=2, size=(16, 16),
+                             noise=("agnostic", (2, 2, 2)))
     items = [[clips[4 * step + i] for i in range(4)] for step in range(4)]  # two micro-batches of two videos
-    batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3), 0.75, torch.cat([item["noise"] for item in four])) for four in items]
+    batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3), 0.75, torch.cat([item["noise"] for item in four]))
+               for four in items]
     rates = [0.5 * 4 / 512 * share for share in (1 / 3, 2 / 3, 1, 0.5)]
     assert_run_is(tmp_path, model, plain_steps(model, model, lambda name: 1, rates, batches, (0.9, 0.95), 0.02))
     model.decoder_pred.weight.data.zero_()
@@ -1175,7 +1211,8 @@ def test_precision_is_chosen_by_the_device_and_what_is_asked(some_videos, tmp_pa
         losses[amp] = json.loads((tmp_path / amp / "log.jsonl").read_text())["loss"]
     assert losses["auto"] == losses["off"] and 1e-5 < abs(losses["bf16"] - losses["off"]) < 1e-2
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert [train.choose_precision(amp, gpu)[0] for amp in ("auto", "bf16", "fp16", "off")] == [torch.bfloat16, torch.bfloat16, torch.float16, None]
+    chosen = [train.choose_precision(amp, gpu)[0] for amp in ("auto", "bf16", "fp16", "off")]
+    assert chosen == [torch.bfloat16, torch.bfloat16, torch.float16, None]
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert train.choose_precision("auto", gpu)[0] is None and "fp16 is faster" in train.choose_precision("auto", gpu)[1]
     for major, name in ((8, "float32 (TF32)"), (7, "float32")):
@@ -1237,7 +1274,8 @@ def test_two_processes_accumulating_equal_one_process(some_videos, two_processes
 
 def test_pictures_show_original_masked_and_reconstruction(some_videos, tmp_path):
     train.main(arguments(some_videos, tmp_path / "run", "--steps", "2"))
-    assert train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--device", "cpu"]) == 0
+    assert train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out",
+                       str(tmp_path / "show"), "--device", "cpu"]) == 0
     for folder in ("run", "show"):
         with av.open(str(tmp_path / folder / "reconstruction.png")) as container:
             image = next(container.decode(video=0)).to_ndarray(format="rgb24")
@@ -1263,11 +1301,13 @@ def test_wrong_input_is_one_line(some_videos, tmp_path):
     listed.write_text("gone.mp4\nlost.mp4\n")
     out = tmp_path / "out"
     (tmp_path / "file").touch()
-    cases = [(["--data", "nowhere"], "no such folder"), (["--data", str(empty)], "no video in this folder"), (["--data", str(listed)], "gone.mp4|lost.mp4"),
-             (["--frames", "5"], "frames 5.*2"), (["--size", "20"], "height 20.*8"), (["--mask-ratio", "0"], "mask ratio 0"), (["--mask-ratio", "1"], "mask ratio 1"),
-             (["--out", str(tmp_path / "file")], "cannot be written"), (["--strategy", "tubes"], "invalid choice"), (["--patch", "2x8"], "three sizes"),
-             (["--size", "big"], "not a size"), (["--steps", "-1"], "whole number"), (["--lr", "nan"], "not a number"), (["--init", "gone.pt"], "gone.pt"),
-             (["--reconstruct", "x.mp4"], "needs a trained model"), (["--amp", "fp16"], "needs a GPU"), (["--colour", "red"], "unrecognized"),
+    cases = [(["--data", "nowhere"], "no such folder"), (["--data", str(empty)], "no video in this folder"),
+             (["--data", str(listed)], "gone.mp4|lost.mp4"), (["--frames", "5"], "frames 5.*2"), (["--size", "20"], "height 20.*8"),
+             (["--mask-ratio", "0"], "mask ratio 0"), (["--mask-ratio", "1"], "mask ratio 1"),
+             (["--out", str(tmp_path / "file")], "cannot be written"), (["--strategy", "tubes"], "invalid choice"),
+             (["--patch", "2x8"], "three sizes"), (["--size", "big"], "not a size"), (["--steps", "-1"], "whole number"),
+             (["--lr", "nan"], "not a number"), (["--init", "gone.pt"], "gone.pt"), (["--reconstruct", "x.mp4"], "needs a trained model"),
+             (["--amp", "fp16"], "needs a GPU"), (["--colour", "red"], "unrecognized"),
              (["--epoch", "3"], "unrecognized"), (["--model", "giant"], "invalid choice")]
     for change, words in cases:
         with pytest.raises(train.InputError) as caught:
@@ -1280,7 +1320,8 @@ def test_wrong_input_is_one_line(some_videos, tmp_path):
 
 def test_a_run_with_other_arguments_is_not_continued(some_videos, tmp_path):
     train.main(arguments(some_videos, tmp_path, "--steps", "2"))
-    for change, words in ((["--seed", "1"], "seed 0 -> 1"), (["--steps", "3"], "steps 2 -> 3"), (["--accum", "2"], "videos_per_step 2 -> 4")):
+    changes = (["--seed", "1"], "seed 0 -> 1"), (["--steps", "3"], "steps 2 -> 3"), (["--accum", "2"], "videos_per_step 2 -> 4")
+    for change, words in changes:
         with pytest.raises(train.InputError, match=words):
             train.main(arguments(some_videos, tmp_path, "--steps", "2", *change))
 
@@ -1295,7 +1336,8 @@ def test_check_data_names_the_bad_files(some_videos, tmp_path, capsys):
     assert train.main(["--check-data", "--data", str(some_videos), "--workers", "0", "--device", "cpu"]) == 0
     (tmp_path / "odd").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "odd") + b"/\xff.mp4")).write_bytes(b"nothing")  # a name that is no text
-    assert "\\udcff.mp4: InvalidDataError" in run_script("train.py", "--check-data", "--data", tmp_path / "odd", "--device", "cpu", check=1).stdout
+    said = run_script("train.py", "--check-data", "--data", tmp_path / "odd", "--device", "cpu", check=1).stdout
+    assert "\\udcff.mp4: InvalidDataError" in said
 
 
 # ------------------------------------------------------------------------------- what happens to long runs
@@ -1306,10 +1348,11 @@ def test_a_damaged_checkpoint_is_told_and_never_loaded(some_videos, tmp_path, ca
     train.main(arguments(some_videos, run, "--steps", "4"))
     data, rng = (run / "last.pt").read_bytes(), np.random.default_rng(0)
     reference = tensors(run / "last.pt")
-    damages = [("cut", int(at)) for at in rng.integers(len(data), size=100 if LONG else 10)] + [("flip", int(at)) for at in rng.integers(len(data), size=100 if LONG else 20)]
+    damages = [(kind, int(at)) for kind, few in (("cut", 10), ("flip", 20)) for at in rng.integers(len(data), size=100 if LONG else few)]
     silent = 0
     for kind, at in damages:
-        (tmp_path / "last.pt").write_bytes(data[:at] if kind == "cut" else data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:])
+        rest = b"" if kind == "cut" else bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:]
+        (tmp_path / "last.pt").write_bytes(data[:at] + rest)
         try:
             loaded = tensors(tmp_path / "last.pt")
             silent += 1  # then the byte was padding, and everything that counts is what was written
@@ -1333,12 +1376,14 @@ def test_running_out_of_gpu_memory_is_one_line_that_says_what_to_change(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
     with pytest.raises(SystemExit) as ended:
         train.run_script(main)
-    assert ended.value.code == 1 and re.fullmatch(r"error: out of GPU memory \(.*2.00 GiB.\); in training lower --batch-size .*\n", capsys.readouterr().err)
+    words = r"error: out of GPU memory \(.*2.00 GiB.\); in training lower --batch-size .*\n"
+    assert ended.value.code == 1 and re.fullmatch(words, capsys.readouterr().err)
 
 
 def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path, monkeypatch):
     held = train.hold_folder(tmp_path)
-    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])  # has the file open, like a data worker
+    # Has the file open, like a data worker.
+    worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])
     result = run_script("train.py", *arguments(some_videos, tmp_path, "--steps", "1"), check=1)
     assert "in use by another run" in result.stderr.splitlines()[-1]
     held.close()
@@ -1356,8 +1401,10 @@ def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_vide
     demo, given = train.parse_arguments([]), train.parse_arguments(["--epochs", "200"])
     assert demo.steps == train.DEMO["steps"] and given.steps is None and given.epochs == 200 and given.model == "tiny"
     assert finetune.parse_arguments([]).steps == finetune.DEMO["steps"] and finetune.parse_arguments(["--epochs=5"]).steps is None
-    for script, words in ((train, ["passes over the list.*default: 200", "everything random.*default: 0"]), (finetune, ["large: epochs 50, repeat 2, layer_decay 0.75"])):
-        flags = vars(script.parse_arguments(["--data", "videos", *train.in_flags(script.DEMO).split()]))  # with data the demo's defaults are out of play
+    for script, words in ((train, ["passes over the list.*default: 200", "everything random.*default: 0"]),
+                          (finetune, ["large: epochs 50, repeat 2, layer_decay 0.75"])):
+        # With data the demo's defaults are out of play.
+        flags = vars(script.parse_arguments(["--data", "videos", *train.in_flags(script.DEMO).split()]))
         assert {key: flags[key] for key in script.DEMO} == script.DEMO, "the flags that --help names are not the demo's"
         with pytest.raises(SystemExit):
             script.parse_arguments(["--help"])
@@ -1365,12 +1412,14 @@ def test_arguments_that_are_given_win_over_the_demo_and_the_checkpoint(some_vide
         assert all(re.search(word, printed) for word in words)
     train.main(arguments(some_videos, tmp_path / "run", "--steps", "2", "--strategy", "frame", "--mask-ratio", "0.5"))
     for more, words in (([], "50% hidden (frame)"), (["--mask-ratio", "0.75", "--strategy", "tube"], "75% hidden (tube)")):
-        train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--device", "cpu", *more])
+        train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"),
+                    "--device", "cpu", *more])
         assert words in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "show").iterdir()) == ["reconstruction.mp4", "reconstruction.png"]
     for ratio in ("0", "1", "nan"):
         with pytest.raises(train.InputError, match=f"--mask-ratio: mask ratio {float(ratio)}"):
-            train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "show"), "--mask-ratio", ratio])
+            train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "run/last.pt"), "--out",
+                        str(tmp_path / "show"), "--mask-ratio", ratio])
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
@@ -1411,9 +1460,10 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(some_vide
     """A limit on the size of files stands for the full disk; the checkpoint before was written without it."""
     assert train.main(arguments(some_videos, tmp_path, "--steps", "2")) == 0
     good = (tmp_path / "last.pt").read_bytes()
-    script = "import resource, signal, sys, torch, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
-             f"content = train.read_checkpoint({str(tmp_path / 'last.pt')!r})\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
-             f"train.run_script(lambda: train.save_checkpoint(train.Path({str(tmp_path)!r}), content, 2))"
+    script = ("import resource, signal, sys, torch, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              f"content = train.read_checkpoint({str(tmp_path / 'last.pt')!r})\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+              f"train.run_script(lambda: train.save_checkpoint(train.Path({str(tmp_path)!r}), content, 2))")
     result = run_script("-c", script, check=1)
     assert result.stderr.startswith("error: no checkpoint could be written") and "Traceback" not in result.stderr
     assert (tmp_path / "last.pt").read_bytes() == good and not list(tmp_path.glob("*.unfinished"))
@@ -1446,10 +1496,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(some_videos
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_videos, tmp_path):
     """Also where Python's own way to start data workers is another one, as it is from 3.14 on."""
     flags = arguments(some_videos, tmp_path / "stopped", "--steps", "150", "--workers", "1", "--save-every", "1000")
-    as_in_314 = f"import multiprocessing, train; multiprocessing.set_start_method('forkserver', force=True); train.sys.exit(train.main({flags}))"
+    as_in_314 = ("import multiprocessing, train; multiprocessing.set_start_method('forkserver', force=True); "
+                 f"train.sys.exit(train.main({flags}))")
     log, steps = tmp_path / "stopped" / "log.jsonl", [0]
     for number, command in ((signal.SIGTERM, ["-c", as_in_314]), (signal.SIGINT, ["train.py", *flags])):
-        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= steps[-1] + 3):
             os.sched_yield()
         os.killpg(process.pid, number)  # to the data workers as well, as a terminal or a cluster does
@@ -1465,7 +1517,8 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(some_vide
 
 def test_after_the_last_step_a_signal_ends_the_run_at_once(some_videos, tmp_path):
     """Also while Python is inside C code, here reading from a pipe into which nobody writes."""
-    script = "import os, signal, train\ntrain.Pretraining.conclude = lambda self: os.kill(os.getpid(), signal.%s) or os.read(os.pipe()[0], 1)\ntrain.main(%r)"
+    script = ("import os, signal, train\n"
+              "train.Pretraining.conclude = lambda self: os.kill(os.getpid(), signal.%s) or os.read(os.pipe()[0], 1)\ntrain.main(%r)")
     for name in ("SIGTERM", "SIGINT"):
         said = run_script("-c", script % (name, arguments(some_videos, tmp_path / name, "--steps", "1")), check=128 + getattr(signal, name))
         assert f"stopped by {name}; the steps are done and saved" in said.stderr and "length: 1 steps" in said.stdout
@@ -1476,7 +1529,8 @@ def kill_until_done(command, seconds, rng, kills):
     """Run a command, SIGKILL it at a random moment, run it again, and so on; returns how often it was killed."""
     killed = 0
     while True:
-        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
         try:
             assert process.wait(rng.uniform(*seconds) if killed < kills else 120) == 0
             return killed
@@ -1560,7 +1614,8 @@ def odd(path, clips, size):
 train.read_clips = odd
 train.run_script(train.main)
 """)
-    result = run_script(script, *arguments(some_videos, tmp_path / "out", "--steps", "20", "--workers", "2", "--data-timeout", "5"), check=1, timeout=60)
+    result = run_script(script, *arguments(some_videos, tmp_path / "out", "--steps", "20", "--workers", "2", "--data-timeout", "5"),
+                        check=1, timeout=60)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the data workers gave no batch") and ".mp4" in last
     assert how == "dies" or "3.mp4" in last  # the death of a worker can show while another's batch is awaited
@@ -1591,7 +1646,8 @@ def test_on_a_gpu_a_resumed_run_is_the_same_run(some_videos, tmp_path):
 def released_blocks(weights, prefix, dim, depth, apart):
     """Random tensors of transformer blocks as the releases name them; q, k and v apart or in one."""
     for i in range(depth):
-        shapes = {"norm1.weight": (dim,), "norm1.bias": (dim,), "norm2.weight": (dim,), "norm2.bias": (dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
+        shapes = {"norm1.weight": (dim,), "norm1.bias": (dim,), "norm2.weight": (dim,), "norm2.bias": (dim,),
+                  "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
                   "mlp.fc1.weight": (4 * dim, dim), "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}
         for name, rows in [("q", dim), ("k", dim), ("v", dim)] if apart else [("qkv", 3 * dim)]:
             shapes |= {f"attn.{name}.weight": (rows, dim), f"attn.{name}.bias": (rows,)}
@@ -1608,32 +1664,39 @@ def released(code, apart=True, head=None, dim=128, decoder_dim=64):
         shapes |= {name + "weight": (head, dim), name + "bias": (head,)}
     else:
         shapes |= {"decoder_embed.weight": (decoder_dim, dim), "decoder_embed.bias": (decoder_dim,), "mask_token": (1, 1, decoder_dim)}
-        shapes |= {"decoder_pos_embed": (1, 9, decoder_dim), "pred_head.transforms.0.4.weight": (decoder_dim,), "pred_head.transforms.0.4.bias": (decoder_dim,),
+        shapes |= {"decoder_pos_embed": (1, 9, decoder_dim), "pred_head.transforms.0.4.weight": (decoder_dim,),
+                   "pred_head.transforms.0.4.bias": (decoder_dim,),
                    "pred_head.projections.0.weight": (768, decoder_dim), "pred_head.projections.0.bias": (768,)} if code == "paper" else \
-                  {"decoder_pos_embed_class": (1, 1, decoder_dim), "decoder_pos_embed_spatial": (1, 4, decoder_dim), "decoder_pos_embed_temporal": (1, 2, decoder_dim),
+                  {"decoder_pos_embed_class": (1, 1, decoder_dim), "decoder_pos_embed_spatial": (1, 4, decoder_dim),
+                   "decoder_pos_embed_temporal": (1, 2, decoder_dim),
                    "decoder_cls_token": (1, 1, decoder_dim), "decoder_norm.weight": (decoder_dim,), "decoder_norm.bias": (decoder_dim,),
                    "decoder_pred.weight": (768, decoder_dim), "decoder_pred.bias": (768,)}
     weights = {name: torch.randn(shape) * (0.02 if "patch" in name else 0.2) for name, shape in shapes.items()}
     released_blocks(weights, "blocks.", dim, 2, apart)
     if not head:
         released_blocks(weights, "pred_head.transforms.0." if code == "paper" else "decoder_blocks.", decoder_dim, 4, apart)
-    return dict(model_state=weights, cfg="text", epoch=1) if code == "paper" else dict(model=weights, args=argparse.Namespace(lr=1e-3), epoch=1)
+    if code == "paper":
+        return dict(model_state=weights, cfg="text", epoch=1)
+    return dict(model=weights, args=argparse.Namespace(lr=1e-3), epoch=1)
 
 
 def plain_released_blocks(weights, prefix, depth, x, heads):
     """The blocks of a released checkpoint on one clip's tokens (N, D), from its tensors alone."""
     for i in range(depth):
         w = {name[len(f"{prefix}{i}."):]: tensor for name, tensor in weights.items() if name.startswith(f"{prefix}{i}.")}
-        fused = {kind: w[f"attn.qkv.{kind}"] if f"attn.qkv.{kind}" in w else torch.cat([w[f"attn.{part}.{kind}"] for part in "qkv"]) for kind in ("weight", "bias")}
+        fused = {kind: w[f"attn.qkv.{kind}"] if f"attn.qkv.{kind}" in w else torch.cat([w[f"attn.{part}.{kind}"] for part in "qkv"])
+                 for kind in ("weight", "bias")}
         pair = lambda name: types.SimpleNamespace(weight=w[f"{name}.weight"], bias=w[f"{name}.bias"])
         attention = types.SimpleNamespace(heads=heads, qkv=types.SimpleNamespace(**fused), proj=pair("attn.proj"))
-        x = plain_block(types.SimpleNamespace(norm1=pair("norm1"), norm2=pair("norm2"), attn=attention, mlp=[pair("mlp.fc1"), None, pair("mlp.fc2")]), x)
+        x = plain_block(types.SimpleNamespace(norm1=pair("norm1"), norm2=pair("norm2"), attn=attention,
+                                              mlp=[pair("mlp.fc1"), None, pair("mlp.fc2")]), x)
     return x
 
 
 def plain_released_encoder(weights, video, keep):
     """One clip (3, T, H, W), normalised -> the class token and the tokens in keep (1 + K, D), before the last norm."""
-    x = F.conv3d(video[None], weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=(2, 16, 16))[0].flatten(1).T  # (N, D)
+    x = F.conv3d(video[None], weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"],
+                 stride=(2, 16, 16))[0].flatten(1).T  # (N, D)
     x = x + (weights["pos_embed_temporal"][0][:, None] + weights["pos_embed_spatial"][0]).flatten(0, 1)
     x = torch.cat([weights["cls_token"][0] + weights["pos_embed_class"][0], x[keep]])
     return plain_released_blocks(weights, "blocks.", 2, x, 2)
@@ -1656,12 +1719,14 @@ def test_a_released_pretrained_checkpoint_reconstructs_as_computed_from_its_tens
     full = weights["mask_token"][0].repeat(9, 1)
     full[torch.cat([torch.zeros(1, dtype=torch.long), 1 + keep[0]])] = latent
     full = plain_released_blocks(weights, "pred_head.transforms.0.", 4, full + weights["decoder_pos_embed"][0], 1)
-    expected = F.linear(norm(full, weights, "pred_head.transforms.0.4"), weights["pred_head.projections.0.weight"], weights["pred_head.projections.0.bias"])[1 + hide[0]]
+    expected = F.linear(norm(full, weights, "pred_head.transforms.0.4"), weights["pred_head.projections.0.weight"],
+                        weights["pred_head.projections.0.bias"])[1 + hide[0]]
     patches = patchify(video, (2, 16, 16))
     with torch.no_grad():
         prediction = model.decode(model.encoder.norm(model.encoder(patches, keep)), keep, hide)[0]
     assert_close(prediction, expected, 1e-4, "prediction")
-    assert train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "released.pyth"), "--out", str(tmp_path / "show"), "--device", "cpu"]) == 0
+    assert train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "released.pyth"), "--out",
+                       str(tmp_path / "show"), "--device", "cpu"]) == 0
     assert (tmp_path / "show" / "reconstruction.png").exists()
 
 
@@ -1697,10 +1762,12 @@ def test_of_mae_sts_pretrained_checkpoint_the_encoder_is_taken_and_the_decoder_l
     expected = norm(plain_released_encoder(weights, video[0], torch.arange(8))[1:].mean(0), weights, "norm")
     assert_close(model.pooled(video)[0].detach(), expected, 1e-4, "pooled")
     with pytest.raises(train.InputError, match="decoder"):
-        train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "released.pth"), "--out", str(tmp_path / "show"), "--device", "cpu"])
+        train.main(["--reconstruct", str(some_videos / "0.mp4"), "--init", str(tmp_path / "released.pth"), "--out", str(tmp_path / "show"),
+                    "--device", "cpu"])
 
 
-@pytest.mark.parametrize("name", ["blocks.1.attn.proj.weight", "blocks.0.attn.k.bias", "blocks.1.mlp.fc2.bias", "norm.weight", "pos_embed_class", "patch_embed.proj.bias",
+@pytest.mark.parametrize("name", ["blocks.1.attn.proj.weight", "blocks.0.attn.k.bias", "blocks.1.mlp.fc2.bias", "norm.weight",
+                                  "pos_embed_class", "patch_embed.proj.bias",
                                   "patch_embed.proj.weight", "pos_embed_temporal"])
 @pytest.mark.parametrize("change", ["another name", "another shape", "one more"])
 def test_a_tensor_that_is_not_as_expected_is_an_error_that_names_it(name, change, tmp_path):
@@ -1715,8 +1782,9 @@ def test_a_tensor_that_is_not_as_expected_is_an_error_that_names_it(name, change
     torch.save(content, tmp_path / "released.pyth")
     with pytest.raises(train.InputError) as caught:
         loaded = train.load_init(tmp_path / "released.pyth")
-        finetune.take_weights(mae_st.Classifier(**{key: value for key, value in loaded["model_args"].items() if key in finetune.ENCODER} | dict(
-            frames=4, height=32, width=32), classes=3), loaded, "released.pyth", True, print)
+        kept = {key: value for key, value in loaded["model_args"].items() if key in finetune.ENCODER}
+        model = mae_st.Classifier(**kept | dict(frames=4, height=32, width=32), classes=3)
+        finetune.take_weights(model, loaded, "released.pyth", True, print)
     names = name, mae_st.our_name(name), mae_st.our_name(name).replace(".k.", ".qkv.")
     assert any(name in str(caught.value) for name in names) and "\n" not in str(caught.value), caught.value
 
@@ -1736,7 +1804,8 @@ def test_positions_are_interpolated_linearly_in_time_and_bicubically_in_space():
     other = mae_st.interpolate_positions(table, (4, 3, 5), (6, 3, 5))
     at = (np.arange(6) + 0.5) * 4 / 6 - 0.5  # centres of the new slices, counted in old ones
     for d in range(3):
-        assert_close(other["encoder.pos_time"][:, d], np.interp(at, np.arange(4), table["encoder.pos_time"][:, d]).astype(np.float32), 1e-6, "time")
+        assert_close(other["encoder.pos_time"][:, d], np.interp(at, np.arange(4), table["encoder.pos_time"][:, d]).astype(np.float32),
+                     1e-6, "time")
     assert torch.equal(other["encoder.pos_space"], table["encoder.pos_space"])
     grid = table["encoder.pos_space"].view(3, 5, 3)
     other = mae_st.interpolate_positions(table, (4, 3, 5), (4, 6, 4))["encoder.pos_space"].view(6, 4, 3)
@@ -1747,7 +1816,8 @@ def test_positions_are_interpolated_linearly_in_time_and_bicubically_in_space():
 
     for i, j in np.ndindex(6, 4):
         y, x = (i + 0.5) * 3 / 6 - 0.5, (j + 0.5) * 5 / 4 - 0.5
-        expected = sum(weight(y - a) * weight(x - b) * grid[min(max(a, 0), 2), min(max(b, 0), 4)] for a in range(-2, 6) for b in range(-2, 8))
+        expected = sum(weight(y - a) * weight(x - b) * grid[min(max(a, 0), 2), min(max(b, 0), 4)]
+                       for a in range(-2, 6) for b in range(-2, 8))
         assert_close(other[i, j], expected, 1e-5, f"place {i}, {j}")
 
 
@@ -1762,12 +1832,14 @@ def test_the_classifier_is_a_linear_layer_on_the_norm_of_the_mean_patch_token():
     tokens = model.encoder(model.encoder.patches(video))
     for b in range(2):
         mean = tokens[b, 1:].mean(0)
-        expected = model.head.weight @ F.layer_norm(mean, mean.shape, model.encoder.norm.weight, model.encoder.norm.bias, 1e-6) + model.head.bias
+        normed = F.layer_norm(mean, mean.shape, model.encoder.norm.weight, model.encoder.norm.bias, 1e-6)
+        expected = model.head.weight @ normed + model.head.bias
         assert_close(model(video)[b].detach(), expected.detach(), 1e-5, "scores")
     probe = mae_st.Classifier(classes=7, batch_norm=True, **{key: value for key, value in SMALL.items() if "decoder" not in key})
     probe.load_state_dict(model.state_dict(), strict=False)
     pooled = probe.pooled(video)
-    assert_close(probe(video).detach(), F.linear((pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-6).sqrt(), probe.head.weight, probe.head.bias).detach(), 1e-4, "probe")
+    expected = F.linear((pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-6).sqrt(), probe.head.weight, probe.head.bias)
+    assert_close(probe(video).detach(), expected.detach(), 1e-4, "probe")
 
 
 def test_learning_rates_fall_from_the_head_to_the_patches():
@@ -1775,7 +1847,8 @@ def test_learning_rates_fall_from_the_head_to_the_patches():
     groups = finetune.layer_groups(model, 0.05, 0.65)
     for name, parameter in model.named_parameters():
         (group,) = [group for group in groups if any(parameter is one for one in group["params"])]
-        layer = 3 if name.startswith(("head", "encoder.norm")) else {"encoder.blocks.0": 1, "encoder.blocks.1": 2}.get(name[:16], 0)  # 2 blocks
+        in_block = {"encoder.blocks.0": 1, "encoder.blocks.1": 2}.get(name[:16], 0)
+        layer = 3 if name.startswith(("head", "encoder.norm")) else in_block
         assert group["scale"] == pytest.approx(0.65 ** (3 - layer)), name
         assert group["weight_decay"] == (0 if parameter.dim() == 1 else 0.05), name
     model.encoder.requires_grad_(False)
@@ -1806,9 +1879,11 @@ def test_mixed_targets_are_in_the_proportion_of_what_is_seen(mixup, cutmix):
 
 
 def test_the_loss_of_fine_tuning_smooths_its_mixed_targets():
-    scores, mixed = torch.randn(3, 4, dtype=torch.float64), torch.tensor([[1, 0, 0, 0], [0, 0.3, 0.7, 0], [0.5, 0, 0, 0.5]], dtype=torch.float64)
+    scores = torch.randn(3, 4, dtype=torch.float64)
+    mixed = torch.tensor([[1, 0, 0, 0], [0, 0.3, 0.7, 0], [0.5, 0, 0, 0.5]], dtype=torch.float64)
     smoothed = [[(0.9 * part + 0.1 / 4) for part in row] for row in mixed.tolist()]
-    plain = -sum(part * math.log(math.exp(score) / sum(map(math.exp, row))) for row, wanted in zip(scores.tolist(), smoothed) for score, part in zip(row, wanted)) / 3
+    plain = -sum(part * math.log(math.exp(score) / sum(map(math.exp, row)))
+                 for row, wanted in zip(scores.tolist(), smoothed) for score, part in zip(row, wanted)) / 3
     run = argparse.Namespace(args=argparse.Namespace(smoothing=0.1))
     assert_close(finetune.Finetuning.loss(run, lambda video: scores, None, mixed), plain, 1e-6, "loss")
 
@@ -1917,7 +1992,8 @@ def test_holes_are_noise_of_the_right_size_the_same_in_every_frame():
 def test_views_lie_where_the_formula_says():
     for K, S in ((7, 3), (1, 1), (2, 1), (5, 2)):
         for i in range(K):
-            for frames, span in ((300, 60), (61, 60), (30, 60), (100, 60)):  # at 30 frames a second; 16 frames, stride 4: the last is 60 after the first
+            # At 30 frames a second; 16 frames, stride 4: the last is 60 after the first.
+            for frames, span in ((300, 60), (61, 60), (30, 60), (100, 60)):
                 room = max(0, frames - 1 - span)
                 start = i * math.floor(room / (K - 1)) if K > 1 else room // 2
                 times = finetune.View(i, 0, (K, S), 16, 4, (224, 224), "clip").times(np.arange(frames) / 30)
@@ -1976,7 +2052,8 @@ def labelled(tmp_path_factory):
         for name in ("left", "right", "up"):
             (folder / part / name).mkdir(parents=True)
             for i in range(count if (part, name) != ("val", "up") else 1):
-                train.write_video(folder / part / name / f"{i}.mp4", train.moving_shapes(np.random.default_rng([i, count]), name, "red", 16, 32), 30)
+                train.write_video(folder / part / name / f"{i}.mp4",
+                                  train.moving_shapes(np.random.default_rng([i, count]), name, "red", 16, 32), 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)
         assert train.main(arguments(folder / "train", folder / "pretrain", "--steps", "4", "--save-every", "4")) == 0
@@ -1984,7 +2061,8 @@ def labelled(tmp_path_factory):
 
 
 def tuning(folder, out, *more):
-    return ["--data", str(folder / "train"), "--val", str(folder / "val"), "--init", str(folder / "pretrain" / "last.pt"), "--out", str(out), "--device", "cpu",
+    return ["--data", str(folder / "train"), "--val", str(folder / "val"), "--init", str(folder / "pretrain" / "last.pt"), "--out",
+            str(out), "--device", "cpu",
             "--batch-size", "2", "--views", "2x3", *map(str, more)]
 
 
@@ -2010,13 +2088,15 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_
     (tmp_path / "whole" / "last.pt").rename(tmp_path / "one" / "last.pt")
     (tmp_path / "one" / "log.jsonl").write_text('{"step": 2, "ep')  # cut off by a crash
     assert finetune.main(tuning(labelled, tmp_path / "one", *more)) == 0
-    assert len((tmp_path / "one" / "log.jsonl").read_text().splitlines()) == 2 and json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[1])["views"] == "2x3"
+    lines = (tmp_path / "one" / "log.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["views"] == "2x3"
     (tmp_path / "one" / "log.jsonl").unlink()
     (tmp_path / "one" / "last.pt").rename(tmp_path / "whole" / "last.pt")
     rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
     keep = lambda row: {key: row[key] for key in ("step", "loss", "lr", "grad_norm", "val_acc1", "val_acc5") if key in row}
     assert [keep(row) for row in rows[0]] == [keep(row) for row in rows[1]]
-    assert [(row["step"], row["views"]) for row in rows[0] if "val_acc1" in row] == [(2, "1x1"), (4, "1x1"), (4, "2x3")] and [row["step"] for row in rows[0] if "loss" in row] == [1, 2, 3, 4]
+    assert [(row["step"], row["views"]) for row in rows[0] if "val_acc1" in row] == [(2, "1x1"), (4, "1x1"), (4, "2x3")]
+    assert [row["step"] for row in rows[0] if "loss" in row] == [1, 2, 3, 4]
     with pytest.raises(train.InputError, match="mixup 0.8 -> 0.0"):
         finetune.main(tuning(labelled, tmp_path / "whole", *more, "--mixup", 0))
     peak, end, warm = 0.5 * 4 / 512, 1.6e-4 * 4 / 512, 4 * 5 / 75  # two clips of two videos; as for base, 5 of 75 epochs
@@ -2035,10 +2115,12 @@ def test_fine_tuning_is_nothing_but_a_plain_loop_where_nothing_is_drawn(labelled
     videos = train.list_videos(labelled / "train")
     clips = train.VideoClips(videos, seed=0, repeat=2, frames=4, stride=2, size=(16, 16), area=(0.08, 1))
     items = [[clips[4 * step + i] for i in range(4)] for step in range(4)]
-    numbers = [torch.tensor([["left", "right", "up"].index(videos.labels[item["index"]]) for item in four for _ in range(2)]) for four in items]
+    numbers = [torch.tensor([["left", "right", "up"].index(videos.labels[item["index"]]) for item in four for _ in range(2)])
+               for four in items]
     batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3), label) for four, label in zip(items, numbers)]
     rates = [8 / 512 * (0.1 + 0.4 * share) for share in (1 / 3, 2 / 3, 1, 0.5)]  # per 512 clips
-    depth = {"encoder.blocks.0": 1, "encoder.blocks.1": 2, "encoder.norm.weight": 3, "encoder.norm.bias": 3, "head.weight": 3, "head.bias": 3}
+    depth = {"encoder.blocks.0": 1, "encoder.blocks.1": 2, "encoder.norm.weight": 3, "encoder.norm.bias": 3, "head.weight": 3,
+             "head.bias": 3}
     scale_of = lambda name: 0.65 ** (3 - next((at for beginning, at in depth.items() if name.startswith(beginning)), 0))
     loss_of = lambda video, label: -(model(video).log_softmax(1) * (F.one_hot(label, 3) * 0.9 + 0.1 / 3)).sum(1).mean()
     assert_run_is(tmp_path, model, plain_steps(model, loss_of, scale_of, rates, batches, (0.9, 0.999), 0.1))
@@ -2051,7 +2133,8 @@ def test_other_labels_or_other_weights_behind_the_same_names_are_another_run(lab
         listed.write_text("".join(f"{videos[i]},{label}\n" for i, label in enumerate(labels)))
         torch.save(weights, init)
         command = tuning(labelled, tmp_path / "run", "--steps", 3, "--save-every", 2, "--workers", 0)
-        return finetune.main([{str(labelled / "train"): str(listed), str(labelled / "pretrain" / "last.pt"): str(init)}.get(word, word) for word in command])
+        return finetune.main([{str(labelled / "train"): str(listed), str(labelled / "pretrain" / "last.pt"): str(init)}.get(word, word)
+                              for word in command])
 
     labels, weights = videos.labels, train.read_checkpoint(labelled / "pretrain" / "last.pt")
     assert run(labels, weights) == 0
@@ -2067,7 +2150,8 @@ def test_other_labels_or_other_weights_behind_the_same_names_are_another_run(lab
 def test_evaluation_is_the_same_on_one_and_two_processes(labelled, tmp_path, monkeypatch):
     """7 videos in groups of 2: the last group is short, and the second process gets one group less."""
     assert finetune.main(tuning(labelled, tmp_path / "run", "--steps", 2, "--lr", 0.5, "--workers", 0)) == 0
-    command = ["finetune.py", "--eval", *tuning(labelled, tmp_path / "one")[2:], "--init", tmp_path / "run" / "last.pt", "--views", "8x2", "--workers", "0"]
+    command = ["finetune.py", "--eval", *tuning(labelled, tmp_path / "one")[2:], "--init", tmp_path / "run" / "last.pt", "--views", "8x2",
+               "--workers", "0"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it
     one = run_script(*command)
     command[command.index(str(tmp_path / "one"))] = str(tmp_path / "two")
@@ -2110,14 +2194,17 @@ def test_the_probe_is_a_linear_model_on_the_exported_features(labelled, tmp_path
 
 
 def test_a_classifier_predicts_evaluates_and_is_trained_on_at_another_size(labelled, tmp_path, capsys):
-    assert finetune.main(tuning(labelled, tmp_path / "run", "--steps", 2, "--size", "24x32", "--frames", 6, "--sampling", "segments", "--no-flip", "--amp", "bf16")) == 0
+    assert finetune.main(tuning(labelled, tmp_path / "run", "--steps", 2, "--size", "24x32", "--frames", 6, "--sampling", "segments",
+                                "--no-flip", "--amp", "bf16")) == 0
     assert "positions interpolated from (2, 2, 2) to (3, 3, 4) patches, a new head; left out: decoder_blocks" in capsys.readouterr().out
     video = str(labelled / "val" / "up" / "0.mp4")
     assert finetune.main(["--predict", video, "--init", str(tmp_path / "run" / "last.pt"), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
     shares = [float(line.split("%")[0]) for line in lines]
-    assert {line.split()[-1] for line in lines} == {"left", "right", "up"} and shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
-    assert finetune.main(tuning(labelled, tmp_path / "more", "--steps", 1)[:4] + ["--init", str(tmp_path / "run" / "best.pt"), "--steps", "1", "--out", str(tmp_path / "more"),
+    assert {line.split()[-1] for line in lines} == {"left", "right", "up"}
+    assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
+    assert finetune.main(tuning(labelled, tmp_path / "more", "--steps", 1)[:4]
+                         + ["--init", str(tmp_path / "run" / "best.pt"), "--steps", "1", "--out", str(tmp_path / "more"),
                                                                                    "--device", "cpu", "--views", "1x1"]) == 0
     assert "a new head" not in capsys.readouterr().out
     assert finetune.main(["--scratch", *tuning(labelled, tmp_path / "scratch", "--steps", 1)]) == 0
@@ -2137,11 +2224,15 @@ def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path):
     torch.save(dict(model={}), tmp_path / "strange.pt")
     torch.save(dict(weights=3), tmp_path / "stranger.pt")
     pretrain, nothing = str(labelled / "pretrain" / "last.pt"), str(tmp_path / "empty")
-    cases = [(["--data", classes, "--val", more], "class '2' is not among the 2 classes"), (["--data", words], "'one' is not a whole number"),
-             (["--data", halves], "'0.5' is not a whole number"), (["--data", bare], "no labels"), (["--val", bare], "no labels"), (["--val", nothing], "no video in this folder"),
-             (["--views", "7"], "7x3"), (["--views", "ax3"], "7x3"), (["--views", "0x3"], "7x3"), (["--model", "base"], "--model base.*has tiny"),
+    cases = [(["--data", classes, "--val", more], "class '2' is not among the 2 classes"),
+             (["--data", words], "'one' is not a whole number"),
+             (["--data", halves], "'0.5' is not a whole number"), (["--data", bare], "no labels"), (["--val", bare], "no labels"),
+             (["--val", nothing], "no video in this folder"),
+             (["--views", "7"], "7x3"), (["--views", "ax3"], "7x3"), (["--views", "0x3"], "7x3"),
+             (["--model", "base"], "--model base.*has tiny"),
              (["--patch", "2x4x4"], "patch"), (["--size", "20"], "height 20"), (["--init", str(tmp_path / "strange.pt")], "patch_embed"),
-             (["--init", str(tmp_path / "stranger.pt")], "no tensors"), (["--init", "gone.pt"], "gone.pt"), (["--eval"], "has no head"), (["--predict", "x.mp4"], "has no head"),
+             (["--init", str(tmp_path / "stranger.pt")], "no tensors"), (["--init", "gone.pt"], "gone.pt"), (["--eval"], "has no head"),
+             (["--predict", "x.mp4"], "has no head"),
              (["--features", "gone/f.npz"], "--features gone/f.npz cannot be written"),
              (["--features", nothing], "it is a folder"), (["--mixup", "-1"], "not a number"), (["--layer-decay", "2"], "not a number")]
     for change, pattern in cases:
@@ -2160,12 +2251,13 @@ def test_unreadable_validation_videos_are_named_and_count_as_wrong(labelled, tmp
     for part in ("train", "val"):
         shutil.copytree(labelled / part, tmp_path / part)
     (tmp_path / "val" / "left" / "0.mp4").write_bytes(b"nothing")
-    assert finetune.main([word.replace(str(labelled / "val"), str(tmp_path / "val")) for word in tuning(labelled, tmp_path / "run", "--steps", 1)]) == 0
+    assert finetune.main([word.replace(str(labelled / "val"), str(tmp_path / "val"))
+                          for word in tuning(labelled, tmp_path / "run", "--steps", 1)]) == 0
     assert f"cannot be read: {tmp_path}/val/left/0.mp4" in capsys.readouterr().out
     assert predictions(tmp_path / "run")[0]["top5"] == {} and len(predictions(tmp_path / "run")) == 7
 
 
-def test_a_fine_tuning_that_is_not_finite_stops_and_one_that_is_asked_to_stop_goes_on_as_if_nothing_had_happened(labelled, tmp_path, monkeypatch, capsys):
+def test_fine_tuning_stops_when_not_finite_and_goes_on_after_a_signal(labelled, tmp_path, monkeypatch, capsys):
     more = "--steps", 6, "--save-every", 4, "--workers", 0
     assert finetune.main(tuning(labelled, tmp_path / "whole", *more)) == 0
     forward, calls = mae_st.Classifier.forward, iter(range(100))
@@ -2174,7 +2266,8 @@ def test_a_fine_tuning_that_is_not_finite_stops_and_one_that_is_asked_to_stop_go
         finetune.main(tuning(labelled, tmp_path / "broken", *more))
     finish = finetune.Finetuning.finish
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Finetuning, "finish", lambda self, step, *numbers: (step == 1 and os.kill(os.getpid(), signal.SIGTERM)) or finish(self, step, *numbers))
+        patch.setattr(finetune.Finetuning, "finish", lambda self, step, *numbers: (step == 1 and os.kill(os.getpid(), signal.SIGTERM))
+                      or finish(self, step, *numbers))
         assert finetune.main(tuning(labelled, tmp_path / "parts", *more)) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step" in capsys.readouterr().out
     assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] in (2, 3, 4)
@@ -2196,7 +2289,8 @@ def test_the_arithmetic_gives_table_1_of_the_paper_within_a_percent():
 
 @pytest.mark.parametrize("strategy, decode_ratio", [("agnostic", 1.0), ("tube", 1.0), ("frame", 1.0), ("agnostic", 0.5)])
 def test_multiply_adds_are_those_that_torch_counts(strategy, decode_ratio):
-    args = bench.parse_arguments(f"--model tiny --frames 8 --size 24x40 --patch 2x8x8 --strategy {strategy} --decode-ratio {decode_ratio}".split())
+    flags = f"--model tiny --frames 8 --size 24x40 --patch 2x8x8 --strategy {strategy} --decode-ratio {decode_ratio}"
+    args = bench.parse_arguments(flags.split())
     model, video = bench.build(args, "cpu"), bench.random_video(2, args, "cpu")
     noise, extra = mask_noise(strategy, 2, model.encoder.grid), {} if decode_ratio == 1 else dict(decode_ratio=decode_ratio)
     for row in bench.arithmetic(model, args):
@@ -2250,7 +2344,8 @@ def test_running_out_of_memory_halves_the_batch_and_says_so(monkeypatch, capsys)
 def test_the_straightforward_reading_gives_the_same_clips_and_is_timed_beside_ours(some_videos, tmp_path, capsys):
     for path in some_videos.iterdir():
         clips = [[train.RandomClip(np.random.default_rng(i), 4, 2) for i in range(8)] for _ in range(2)]
-        ours, other = torch.from_numpy(train.read_clips(str(path), clips[0], (32, 32))).float(), bench.read_straightforwardly(str(path), clips[1], (32, 32))
+        ours = torch.from_numpy(train.read_clips(str(path), clips[0], (32, 32))).float()
+        other = bench.read_straightforwardly(str(path), clips[1], (32, 32))
         ours, other = ours.mean(-1), other.mean(2)  # (R, T, H, W), brightness: colours are blurred differently
         same, different = (ours - other).abs().mean().item(), (ours - other.roll(1, dims=0)).abs().mean().item()
         assert 2 * same < different, f"mean difference {same:.2f}, between different clips {different:.2f}"
@@ -2280,7 +2375,8 @@ def test_bench_prints_a_table_and_writes_its_rows_and_a_chart(some_videos, tmp_p
 def test_the_chart_has_the_papers_speedups_as_rings_where_both_compute_the_same(tmp_path, capsys):
     def circles(model):
         assert bench.main(["--flops", "--model", model, "--json", str(tmp_path / "rows.json"), "--chart", str(tmp_path / "chart.svg")]) == 0
-        return [[float(circle.get(key)) for key in ("cx", "cy")] for circle in ElementTree.parse(tmp_path / "chart.svg").iter("{http://www.w3.org/2000/svg}circle")]
+        return [[float(circle.get(key)) for key in ("cx", "cy")]
+                for circle in ElementTree.parse(tmp_path / "chart.svg").iter("{http://www.w3.org/2000/svg}circle")]
     assert len(circles("base")) == 4  # the paper's Table 1 has ViT-L
     *dots, ring = circles("large")
     low, _, at_90, _ = [row["predicted_speedup"] for row in json.loads((tmp_path / "rows.json").read_text())[1:]]
@@ -2294,12 +2390,14 @@ def test_the_profile_lists_what_a_step_spends_its_time_on(capsys):
     shares = [float(row[2].rstrip("%")) for row in rows]
     assert shares == sorted(shares, reverse=True) and 50 < sum(shares) < 101
     assert {row[4] for row in rows if row[0] in ("aten::mm", "aten::addmm")} == {"yes"} and any(row[4] == "" for row in rows)
-    kernels = {"sm90_xmma_gemm_bf16": True, "nvjet_hsh_128x256": True, "triton_tem_fused_mm_0": True, "triton_poi_fused_flash_attention_add_3": False, "vectorized_add": False}
+    kernels = {"sm90_xmma_gemm_bf16": True, "nvjet_hsh_128x256": True, "triton_tem_fused_mm_0": True,
+               "triton_poi_fused_flash_attention_add_3": False, "vectorized_add": False}
     assert {name: bool(bench.MATRIX.search(name)) for name in kernels} == kernels
 
 
 def small_rows(*more):
-    args = bench.parse_arguments([*"--model tiny --frames 4 --size 32 --patch 2x8x8 --ratios 0.75 --batch-size 3 --repeat 2 --rounds 3 --device cpu".split(), *more])
+    flags = "--model tiny --frames 4 --size 32 --patch 2x8x8 --ratios 0.75 --batch-size 3 --repeat 2 --rounds 3 --device cpu"
+    args = bench.parse_arguments([*flags.split(), *more])
     bench.complete(args)
     _, lines = bench.predict(args)
     run = bench.Run(args, bench.start("cpu"))
@@ -2344,8 +2442,10 @@ def test_the_tables_figures_follow_from_the_clock(some_videos, monkeypatch):
     dense, sparse = bench.results(rows, product)
     for line, step in ((dense, 0.2), (sparse, 0.05)):
         wanted = dict(clips=6, step_ms=step * 1e3, step_ms_min=step * 1e3, step_ms_max=step * 1e3, clips_per_s=6 / step, speedup=0.2 / step,
-                      measured_over_predicted=0.2 / step / line["predicted_speedup"], tflops=6 * line["gmacs"] * 6 / step / 1e3, gmacs=line["gmacs_encoder"] + line["gmacs_decoder"])
-        assert {key: line[key] for key in wanted} == pytest.approx(wanted) and line["share_of_product"] == pytest.approx(line["tflops"] / product)
+                      measured_over_predicted=0.2 / step / line["predicted_speedup"], tflops=6 * line["gmacs"] * 6 / step / 1e3,
+                      gmacs=line["gmacs_encoder"] + line["gmacs_decoder"])
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted)
+        assert line["share_of_product"] == pytest.approx(line["tflops"] / product)
     batch = train.collate([make_clips(some_videos, frames=4, size=(32, 32), noise=("agnostic", (2, 4, 4)))[k] for k in range(3)])
     monkeypatch.setattr(bench, "loaded_batches", lambda videos, args, noise, size, steps, *_: (pass_by(0.1, batch) for _ in range(steps)))
     monkeypatch.setattr(bench, "LEAST", 1)
@@ -2372,12 +2472,15 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
     assert bench.main(command) == 0
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
-    assert sorted((line["setting"], line["labels"] or 0) for line in lines) == [("mae", 0), ("mae", 24), ("mae", 40), ("tube", 0), ("tube", 40)]
+    there = sorted((line["setting"], line["labels"] or 0) for line in lines)
+    assert there == [("mae", 0), ("mae", 24), ("mae", 40), ("tube", 0), ("tube", 40)]
     for line in lines:
         out = Path(line["command"].split("--out ")[1])
-        assert (out / "last.pt").exists() and [row["loss"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row] == [line["loss"]]
+        logged = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+        assert (out / "last.pt").exists() and [row["loss"] for row in logged if "loss" in row] == [line["loss"]]
         if line["labels"]:
-            right = [row["label"] == next(iter(row["top5"])) for row in map(json.loads, (out / "predictions.jsonl").read_text().splitlines())]
+            right = [row["label"] == next(iter(row["top5"]))
+                     for row in map(json.loads, (out / "predictions.jsonl").read_text().splitlines())]
             assert line["videos"] == len(right) == 8 and line["top1"] == 100 * sum(right) / 8 and f" {line['top1']:.1f} |" in printed
     shutil.rmtree("runs")  # without its folder a pre-training is done again, for the fine-tuning that needs it
     kept = [line for line in lines if (line["setting"], line["labels"]) != ("tube", 40)]
@@ -2386,7 +2489,8 @@ def test_the_miniature_runs_what_its_file_lacks_and_tells_what_failed(small_demo
     *before, last = [json.loads(line) for line in Path("lines.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line not in kept)
     assert before == kept and {key for key in last if last[key] != first[key]} <= {"seconds", "clips_per_s"}
-    assert sorted(path.name for path in Path("runs").glob("miniature-*-1-steps/*")) == ["tube-0", "tube-0-40", "tube-0-40.txt", "tube-0.txt"]
+    names = sorted(path.name for path in Path("runs").glob("miniature-*-1-steps/*"))
+    assert names == ["tube-0", "tube-0-40", "tube-0-40.txt", "tube-0.txt"]
     assert capsys.readouterr().out == printed
     monkeypatch.setattr(bench, "SETTINGS", {"mae": "", "ratio-2": "--mask-ratio 2"})
     with pytest.raises(train.InputError, match="--mask-ratio 2 .*\n.*status 1; runs/miniature-.*-1-steps/ratio-2-0.txt"):
@@ -2414,7 +2518,8 @@ def test_the_miniatures_table_has_the_mean_and_spread_over_the_seeds_and_the_rat
     lines += [dict(setting="tube", labels=40, clips_per_s=1, top1=top1, **common) for top1 in (10.0, 20.0, 40.0)]
     lines += [dict(setting="mae", labels=40, clips_per_s=1, top1=99.0, **common)]
     row = bench.summary("tube", lines)
-    assert row == dict(name="--strategy tube", labels_24="", labels_40=f"{70 / 3:.1f} ± {math.sqrt(700 / 3):.1f}", labels_80="", speed="1.50x")
+    assert row == dict(name="--strategy tube", labels_24="", labels_40=f"{70 / 3:.1f} ± {math.sqrt(700 / 3):.1f}", labels_80="",
+                       speed="1.50x")
     assert bench.summary("tube", [*lines, dict(setting="mae", labels=None, clips_per_s=1, machine="another", jobs=2)])["speed"] == ""
 
 
@@ -2427,7 +2532,8 @@ def test_supervised_pretraining_in_the_miniature_has_the_demos_clips_and_recipe(
     assert given["steps"] * given["batch_size"] * given["repeat"] == train.DEMO["steps"] * train.DEMO["batch_size"] * train.DEMO["repeat"]
     for flags in (bench.SETTINGS["repeat-1"], bench.SETTINGS["repeat-2"]):  # as many clips a step, at the same real rate
         args = train.parse_arguments(flags.split())
-        assert args.batch_size * args.repeat == train.DEMO["batch_size"] * train.DEMO["repeat"] and args.lr * args.batch_size == train.DEMO["lr"] * train.DEMO["batch_size"]
+        assert args.batch_size * args.repeat == train.DEMO["batch_size"] * train.DEMO["repeat"]
+        assert args.lr * args.batch_size == train.DEMO["lr"] * train.DEMO["batch_size"]
 
 
 def commands_of(text):
@@ -2443,7 +2549,8 @@ def commands_of(text):
 
 def test_every_command_in_the_readme_is_one_that_its_script_takes():
     commands = list(commands_of((HERE / "README.md").read_text()))
-    for script, flag in (("train", "large"), ("train", "--check-data"), ("bench", "--profile"), ("finetune", "my_videos"), ("finetune", "--probe")):
+    for script, flag in (("train", "large"), ("train", "--check-data"), ("bench", "--profile"), ("finetune", "my_videos"),
+                         ("finetune", "--probe")):
         assert any(flag in given for name, given in commands if name == script), f"{script}.py ... {flag} was not found"
     for script, given in commands:
         {"train": train, "finetune": finetune, "bench": bench}[script].parse_arguments(given)
