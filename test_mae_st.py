@@ -821,6 +821,7 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
     for name in ("b/two.mp4", "a/one.mp4", "a/x y.avi", "a/notes.txt"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
+    (tmp_path / "set" / "README").touch()
     (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "b").rename(tmp_path / "elsewhere")
     (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
@@ -834,7 +835,7 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
     for name in ("stray.mp4", "a/._one.mp4"):  # a video beside the class folders, and what macOS writes beside a video
         (tmp_path / "set" / name).touch()
     folder = train.list_videos(tmp_path / "set")
-    assert len(folder) == 4 and "by their names, left out: 1 x .mp4, 1 x .txt" in capsys.readouterr().out
+    assert len(folder) == 4 and "left out: 1 x README, 1 x .mp4, 1 x .txt" in capsys.readouterr().out
     with pytest.raises(train.InputError, match="stray.mp4 lies in no sub-folder"):
         finetune.find_classes(folder, str(tmp_path / "set"))
 
@@ -965,6 +966,26 @@ def test_a_generated_scene_moves_as_its_class_says(move):
         velocities.append((x, -y))  # pixels a frame, y upwards
         turned = (math.atan2(-y, x) - angle + math.pi) % (2 * math.pi) - math.pi
         assert abs(turned) < math.radians(22.5) and 0.6 < math.hypot(x, y) < 2.2, velocities
+
+
+def test_a_written_video_has_every_frame_as_it_was(tmp_path):
+    frames = train.moving_shapes(np.random.default_rng(0), "up", "red", 7, 48)
+    train.write_video(tmp_path / "a.mp4", frames, 30, {"crf": "1"})
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        read = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 30
+    assert len(read) == 7 and abs(np.stack(read).astype(int) - frames).mean() < 4
+
+
+def test_generated_videos_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        path.touch()
+        if path.name == "0001.mp4":
+            raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(train, "write_video", full)
+    with pytest.raises(train.InputError, match="No space left on device; make room"):
+        train.generate_videos(tmp_path / "data", per_class=2, held_out=1, frames=8, size=32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_generated_videos_are_the_same_files_every_time(tmp_path):
@@ -2554,6 +2575,8 @@ def test_every_command_in_the_readme_is_one_that_its_script_takes():
         assert any(flag in given for name, given in commands if name == script), f"{script}.py ... {flag} was not found"
     for script, given in commands:
         {"train": train, "finetune": finetune, "bench": bench}[script].parse_arguments(given)
+    own = next(vars(train.parse_arguments(given)) for name, given in commands if name == "train" and "--no-norm-pix" in given)
+    assert {key: own[key] for key in train.DEMO} == train.DEMO, "for own videos the README gives other settings than the demo's"
 
 
 def test_the_laptop_commands_of_the_readme_run(small_demo):
