@@ -20,17 +20,16 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
-from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between,
-                   choose_precision, choose_workers, clip_batches, data_errors_explained, decay_groups, elapsed, generate_videos,
-                   list_videos, mark, positive, precision_name, random, read_clips, run_script, shown_at, square, start, three_sizes,
-                   to_device, update, whole, write_video)
+from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, build,
+                   choose_precision, choose_workers, clip_batches, count_tokens, data_errors_explained, decay_groups, elapsed,
+                   generate_videos, in_flags, list_videos, mark, positive, precision_name, random, read_clips, run_script, shown_at,
+                   square, start, three_sizes, to_device, update, whole, writable, write_video)
 
 import av
 import numpy as np
@@ -40,7 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 import finetune
-from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, mask_noise, normalise, small_normal, split_tokens, take
+from mae_st import SIZES, STRATEGIES, MaskedAutoencoder, mask_noise, normalise, small_normal, take
 
 # ------------------------------------------------------------------------------------------- the arithmetic
 
@@ -71,14 +70,14 @@ def multiply_adds(model, visible, hidden, embedded, dense=False):
 
 def arithmetic(model, args):
     """The part of the table that needs no measuring: the dense row, then one row per ratio."""
-    rows, grid = [], model.encoder.grid
+    rows, tokens = [], math.prod(model.encoder.grid)
     for dense, ratio in [(True, DENSE_RATIO)] + [(False, ratio) for ratio in args.ratios]:
-        keep, hide = split_tokens(mask_noise(args.strategy, 1, grid), grid, ratio)
-        visible, hidden = keep.shape[1], hide.shape[1] if dense else max(1, round(hide.shape[1] * args.decode_ratio))
-        encoder, decoder = multiply_adds(model, visible, hidden, visible, dense)
-        as_paper = sum(multiply_adds(model, visible, hidden, math.prod(grid), dense))
+        visible, hidden = count_tokens(model, args.strategy, ratio)
+        decoded = hidden if dense else max(1, round(hidden * args.decode_ratio))
+        encoder, decoder = multiply_adds(model, visible, decoded, visible, dense)
+        as_paper = sum(multiply_adds(model, visible, decoded, tokens, dense))
         rows.append(dict(name="dense" if dense else f"{100 * ratio:.4g} %", dense=dense, mask_ratio=ratio,
-                         visible_tokens=math.prod(grid) if dense else visible, gmacs=(encoder + decoder) / 1e9,
+                         visible_tokens=tokens if dense else visible, gmacs=(encoder + decoder) / 1e9,
                          gmacs_encoder=encoder / 1e9, gmacs_decoder=decoder / 1e9, gmacs_as_paper=as_paper / 1e9))
     for row in rows:
         row["predicted_speedup"] = rows[0]["gmacs"] / row["gmacs"]
@@ -90,8 +89,9 @@ def arithmetic(model, args):
 
 class WithDense(MaskedAutoencoder):
     """The model with a second way through it, the baseline of Table 1: hidden tokens are replaced by a learned token
-    before the encoder, which then sees all of them. Same decoder, same loss, and the same weights, so the rows of the
-    table share one model and its memory. Only visible patches are embedded here too: the rows differ in the encoder alone.
+    before the encoder, which then sees all of them. Same decoder (but all its tokens come out of the encoder, so its own mask
+    token has no use), same loss, and the same weights, so the rows of the table share one model and its memory. Only visible
+    patches are embedded here too: the rows differ in the encoder alone.
     """
 
     def __init__(self, **arguments):
@@ -118,22 +118,13 @@ class WithDense(MaskedAutoencoder):
         return F.mse_loss(prediction.to(target.dtype), target)
 
 
-def build(args, device):
+def make_model(args, device):
     """The model of these arguments, made on the device; "meta" gives its shapes alone."""
     height, width = args.size
     decoder = dict(decoder_dim=args.decoder_width, decoder_depth=args.decoder_depth)
     arguments = SIZES[args.model] | {key: value for key, value in decoder.items() if value is not None}
     with torch.device(device):
-        return WithDense(frames=args.frames, height=height, width=width, patch=args.patch, **arguments)
-
-
-def predict(args):
-    """The model's shapes and the rows' arithmetic, at once: wrong arguments show here, before anything is measured."""
-    try:
-        model = build(args, "meta")
-        return model, arithmetic(model, args)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        return build(arguments | dict(frames=args.frames, height=height, width=width, patch=args.patch), WithDense)
 
 
 # ------------------------------------------------------------------------------------------- timing a step
@@ -155,13 +146,13 @@ class Run:
         self.dtype, reason = choose_precision(args.amp, self.device)
         self.compile = self.device.type == "cuda" if args.compile is None else args.compile
         compile_reason = "the default: on a GPU, a CPU gains nothing" if args.compile is None else "as asked"
-        # What was chosen stands in headings and in --json.
+        # For headings and --json; from here on these three are what was chosen, in words.
         args.device = name_of(self.device) + ("" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads")
         args.amp, args.compile = precision_name(self.dtype, self.device), self.compile
         machine.say(f"precision: {args.amp} ({reason}); compile: {self.compile} ({compile_reason})")
         torch.compiler.config.recompile_limit = 64  # every row, and every batch that was halved, is a version of one function
         torch.manual_seed(0)
-        self.model = build(args, self.device)
+        self.model = make_model(args, self.device)
         self.optimizer = torch.optim.AdamW(decay_groups(self.model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -246,10 +237,9 @@ def profile(args):
     """--profile RATIO: where the time of a step goes: heading, columns and rows, the costliest first."""
     machine, steps = start(args.device), 5
     gpu, args.ratios = machine.device.type == "cuda", [args.profile]
-    args.model = args.model or ("large" if gpu else "small")
-    model, (_, line) = predict(args)
-    row = Row(Run(args, machine), line)
-    row.run.video = random_video(row.clips, args, machine.device)
+    run = Run(args, machine)
+    row = Row(run, arithmetic(run.model, args)[1])
+    run.video = random_video(row.clips, args, machine.device)
     fit(row)
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
@@ -267,7 +257,7 @@ def profile(args):
                  matrix="yes" if MATRIX.search(name) else "")
             for name, count, microseconds in sorted(found, key=lambda event: -event[2])[:20]]
     others = sum(microseconds for name, _, microseconds in found if not MATRIX.search(name)) / total
-    return [f"{headline(args)} {describe(args, model)} {line['name']} hidden, {row.clips} clips a step: "
+    return [f"{headline(args)} {describe(args, run.model)} {row.line['name']} hidden, {row.clips} clips a step: "
             f"{others:.0%} of the time is neither matrix product nor attention."], PROFILE, rows
 
 
@@ -330,22 +320,18 @@ def kinetics_like(rng, frames=300, height=256, width=340):
     return video
 
 
-def find_videos(given, flag):
+def find_videos(given):
     """The videos of a folder or list, or, where the flag came alone, files like those of Kinetics: 10 s of 340 x 256 at 30 fps,
     about a megabyte with libx264's defaults."""
     folder = Path("data/kinetics_like")
-    try:
-        if not given and not folder.is_dir():
+    if not given and not folder.is_dir():
+        with writable(folder):
             unfinished = folder.with_name(folder.name + ".unfinished")  # complete or not at all
             unfinished.mkdir(parents=True, exist_ok=True)
             for i in tqdm(range(4), desc=f"writing videos to {folder}", unit="video"):
                 write_video(unfinished / f"{i}.mp4", kinetics_like(random(0, i)), fps=30, options={"mbtree": "1"})  # libx264's defaults
             unfinished.rename(folder)
-        return list_videos(given or folder)
-    except InputError as error:
-        raise InputError(str(error).replace("--data", flag)) from error
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; make room, or give a folder of videos after {flag}") from error
+    return list_videos(given or folder)
 
 
 def read_straightforwardly(path, clips, size):
@@ -374,9 +360,7 @@ def time_file(path, args):
     for attempt in range(1 + args.rounds):
         for read in times:
             clips = [RandomClip(random(0, attempt, repeat), args.frames, args.stride) for repeat in range(args.repeat)]  # the same for both
-            begin = time.perf_counter()
-            read(path, clips, args.size)
-            times[read].append(time.perf_counter() - begin)
+            times[read].append(timed(lambda: read(path, clips, args.size), torch.device("cpu")))
     return [args.repeat / statistics.median(taken[1:]) for taken in times.values()]  # the first round warms up
 
 
@@ -398,7 +382,7 @@ def time_workers(videos, args, workers, warm=8, counted=32):
 
 def loading(args):
     """--loader: heading and rows."""
-    videos, rows = find_videos(args.loader, "--loader"), []
+    videos, rows = find_videos(args.loader), []
     chosen = sorted({int(i) for i in np.linspace(0, len(videos) - 1, 16)})  # of a large folder, sixteen spread over it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -433,26 +417,22 @@ def with_loading(row, videos, workers):
     steps = max(run.args.rounds, math.ceil(LEAST / statistics.median(row.times)))
     batches = loaded_batches(videos, run.args, (run.args.strategy, run.model.encoder.grid), row.videos, warm + steps, workers, run.device)
     copies = torch.cuda.Stream() if run.device.type == "cuda" else None
-    skipped, end = Skipped(videos, run.machine), mark(run.device)
-    for number, batch in enumerate(batches, start=1):
+    skipped, ends, idle = Skipped(videos, run.machine), [mark(run.device)], []
+    for batch in batches:
         skipped.note(batch)
         video, noise = to_device(batch, ("video", "noise"), run.device, copies)
         begin = mark(run.device)
         run.step(row.loss_function, video, noise)
-        idle = elapsed(end, begin)  # waits for the step before, so that we are never more than one ahead of a GPU
-        end = mark(run.device)
-        if number <= warm:
-            counted_from, waited = end, 0.0
-        else:
-            waited += idle
-    total = elapsed(counted_from, end)
-    return steps * row.clips / total, waited / total
+        idle.append(elapsed(ends[-1], begin))  # waits for the step before, so that we are never more than one ahead of a GPU
+        ends.append(mark(run.device))
+    total = elapsed(ends[warm], ends[-1])
+    return steps * row.clips / total, sum(idle[warm:]) / total
 
 
 # ------------------------------------------------------------------------------------------- the miniature
 
 # The paper's findings in small, on the generated videos. What differs from `python train.py` without data, by the setting's name:
-SETTINGS = {
+FLAGS = {
     "mae": "",
     "ratio-0.75": "--mask-ratio 0.75", "ratio-0.9": "--mask-ratio 0.9", "ratio-0.95": "--mask-ratio 0.95",
     "tube": "--strategy tube", "frame": "--strategy frame", "block": "--strategy block",
@@ -460,32 +440,35 @@ SETTINGS = {
     # As many clips at the same rate:
     "repeat-1": "--repeat 1 --batch-size 32 --lr 0.096", "repeat-2": "--repeat 2 --batch-size 16 --lr 0.192",
 }
-# Another task on the same videos, told by looks: the colour of the shapes. As many clips as pre-training sees.
-SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --model tiny "
-              "--frames 8 --size 32 --patch 2x8x8 --stride 5 --steps 750 --batch-size 16 --repeat 4 --lr 0.024 --end-lr 0 --warmup 0.1 "
-              "--layer-decay 1 --drop-path 0 --dropout 0 --mixup 0 --cutmix 0 --smoothing 0 --rand-augment 0 --erase 0 --crop 0.5 "
-              "--views 3x1")
-PER_CLASS = 3, 5, 10  # labels of each class to fine-tune with; for settings not in STUDIED the middle one
-STUDIED = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}",
-           "scratch": "none, from scratch", "colours": "supervised: colour of the shapes"}
+# Another task on the same videos, told by looks: the colour of the shapes. As the demos do it, on as many clips as pre-training sees.
+SUPERVISED = ("finetune.py --scratch --data data/moving_shapes/train_colours.csv --val data/moving_shapes/val_colours.csv --steps 750 "
+              + in_flags({key: DEMO[key] for key in ("model", "frames", "stride", "size", "patch")}
+                         | {key: value for key, value in finetune.DEMO.items() if key not in ("per_class", "steps", "save_every", "flip")}))
+PER_CLASS = 3, 5, 10  # labels of each class to fine-tune with; for settings not in AT_ALL_LABELS the middle one
+AT_ALL_LABELS = {"mae": f"MAE as in the demo: {DEMO['mask_ratio']:.0%} hidden, agnostic, raw pixels, repeat {DEMO['repeat']}",
+                 "scratch": "none, from scratch", "colours": "supervised: colour of the shapes"}
 
 
-def miniature_chains(args):
-    """The runs, as chains of dicts (setting, seed, labels, steps, command): a pre-training, then what is fine-tuned from it."""
+def miniature_runs(args):
+    """The runs as dicts (setting, seed, labels, steps, demos, command): all pre-trainings, and all that is fine-tuned from them."""
     demos = zlib.crc32(json.dumps([DEMO, finetune.DEMO]).encode())  # what the commands leave to the scripts
     folder, tail = f"runs/miniature-{demos:x}", "" if args.device == "auto" else f" --device {args.device}"
     if args.jobs > 1:
         tail += " --workers 0"
     if args.steps:
         folder, tail = f"{folder}-{args.steps}-steps", f"{tail} --steps {args.steps}"
+    pretrainings, finetunings = [], []
     for seed in range(args.seeds):
-        for setting in STUDIED | SETTINGS:
+        for setting in AT_ALL_LABELS | FLAGS:
             out, line = f"{folder}/{setting}-{seed}", dict(setting=setting, seed=seed, labels=None, steps=args.steps, demos=demos)
-            script = SUPERVISED if setting == "colours" else f"train.py {SETTINGS[setting]}".strip() if setting in SETTINGS else None
-            chain = [line | dict(command=f"{script}{tail} --seed {seed} --out {out}")] if script else []
-            start = f"--init {out}/last.pt --no-compare" if script else "--scratch"
-            yield chain + [line | dict(labels=8 * n, command=f"finetune.py {start} --per-class {n}{tail} --seed {seed} --out {out}-{8 * n}")
-                           for n in (PER_CLASS if setting in STUDIED else PER_CLASS[1:2])]
+            if setting != "scratch":
+                script = SUPERVISED if setting == "colours" else f"train.py {FLAGS[setting]}"
+                pretrainings.append(line | dict(command=f"{script}{tail} --seed {seed} --out {out}"))
+            start = "--scratch" if setting == "scratch" else f"--init {out}/last.pt --no-compare"
+            for n in PER_CLASS if setting in AT_ALL_LABELS else PER_CLASS[1:2]:
+                command = f"finetune.py {start} --per-class {n}{tail} --seed {seed} --out {out}-{8 * n}"
+                finetunings.append(line | dict(labels=8 * n, command=command))
+    return pretrainings, finetunings
 
 
 def run_of(line):
@@ -493,78 +476,63 @@ def run_of(line):
     return tuple(line.get(key) for key in ("setting", "labels", "seed", "steps", "demos"))
 
 
-def run_chain(chain, done, args, stop):
-    """Run what is not done yet; each run that ends well appends its line. A pre-training that is needed again is run again:
-    where its folder still is, that takes seconds."""
-    for i, line in enumerate(chain):
-        command, out = line["command"].split(), Path(line["command"].split("--out ")[1])
-        needed = line["labels"] is None and any(run_of(later) not in done for later in chain[i + 1:])
-        if stop.is_set() or run_of(line) in done and not needed:
-            continue
-        out.parent.mkdir(parents=True, exist_ok=True)
-        resumed, began = (out / "last.pt").exists(), time.perf_counter()
-        process = [sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]]
-        environment = os.environ | ({} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"})
-        with open(f"{out}.txt", "w") as said:
-            status = subprocess.run(process, stdout=said, stderr=subprocess.STDOUT, env=environment).returncode
-        if status:
-            raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. "
-                             "What has ended well is kept")
-        if run_of(line) in done:
-            continue
-        logged = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
-        rows, results = [row for row in logged if "loss" in row], [row for row in logged if "views" in row]
-        line |= dict(loss=statistics.mean(row["loss"] for row in rows[-50:]),
-                     clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
-        if results:
-            line |= dict(videos=results[-1]["videos"], top1=results[-1]["val_acc1"])
-        line |= dict(seconds=None if resumed else time.perf_counter() - began,
-                     jobs=args.jobs, torch=torch.__version__, machine=args.machine)
-        with open(args.miniature, "a") as lines:
-            lines.write(json.dumps(line) + "\n")
-        print(f"{line['setting']}, {line['labels'] or 'no'} labels, seed {line['seed']}: loss {line['loss']:.4f}"
-              + (f", top-1 {line['top1']:.1f} %" if "top1" in line else ""), flush=True)
+def run_one(line, done, args):
+    """Run the command of a line; if it ends well, and FILE has no such line yet, append the line with what came out."""
+    command, out = line["command"].split(), Path(line["command"].split("--out ")[1])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    resumed, began = (out / "last.pt").exists(), time.perf_counter()
+    process = [sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]]
+    environment = os.environ | ({} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"})
+    with open(f"{out}.txt", "w") as said:
+        status = subprocess.run(process, stdout=said, stderr=subprocess.STDOUT, env=environment).returncode
+    if status:
+        raise InputError(f"python {line['command']}\nended with status {status}; {out}.txt has what it said. What has ended well is kept")
+    if run_of(line) in done:  # a pre-training that was needed again
+        return
+    logged = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+    rows, results = [row for row in logged if "loss" in row], [row for row in logged if "views" in row]
+    line |= dict(loss=statistics.mean(row["loss"] for row in rows[-50:]),
+                 clips_per_s=statistics.median(row["clips_per_s"] for row in rows))
+    if results:
+        line |= dict(videos=results[-1]["videos"], top1=results[-1]["val_acc1"])
+    line |= dict(seconds=None if resumed else time.perf_counter() - began,
+                 jobs=args.jobs, torch=torch.__version__, machine=args.machine)
+    finetune.add_line(args.miniature, json.dumps(line) + "\n")
+    print(f"{line['setting']}, {line['labels'] or 'no'} labels, seed {line['seed']}: loss {line['loss']:.4f}"
+          + (f", top-1 {line['top1']:.1f} %" if "top1" in line else ""), flush=True)
 
 
 def read_lines(file):
-    """The lines of FILE, which is made if it is not there; its last line gets an end if it has none."""
+    """The lines of FILE, which is made if it is not there."""
     try:
-        with open(file, "a+") as lines:
+        with writable(f"--miniature {file}"), open(file, "a+") as lines:
             lines.seek(0)
-            text = lines.read()
-            if text and not text.endswith("\n"):
-                lines.write("\n")
-        return [json.loads(line) for line in text.splitlines()]
-    except OSError as error:
-        raise InputError(f"--miniature {file} cannot be written: {error.strerror}; give another file") from error
+            return [json.loads(line) for line in lines]
     except ValueError as error:
         raise InputError(f"--miniature {file}: a line is no JSON ({error}); take it out, and its run is done again") from error
 
 
 def miniature(args):
     """--miniature FILE: run what FILE has no line of yet, then heading, columns and rows: top-1 and its spread over the seeds."""
-    device, stop = start(args.device).device, threading.Event()
+    device = start(args.device).device
     args.machine = name_of(device)
     args.jobs = args.jobs or (1 if device.type == "cuda" else available_cpus())
-    chains, done = list(miniature_chains(args)), {run_of(line) for line in read_lines(args.miniature)}
-    wanted = {run_of(line) for chain in chains for line in chain}
+    (pretrainings, finetunings), done = miniature_runs(args), {run_of(line) for line in read_lines(args.miniature)}
+    wanted = {run_of(line) for line in pretrainings + finetunings}
     print(f"{len(wanted)} runs, {len(wanted & done)} of them in {args.miniature}; {args.jobs} at a time")
     if wanted - done:
         generate_videos("data/moving_shapes")
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run_chain, chain, done, args, stop) for chain in chains]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            print("waiting for the runs under way")  # after Ctrl-C they save and end
-            raise
+    tunings = [line for line in finetunings if run_of(line) not in done]
+    needed = {(line["setting"], line["seed"]) for line in tunings}  # also if done: where its folder still is, that takes seconds
+    trainings = [line for line in pretrainings if run_of(line) not in done or (line["setting"], line["seed"]) in needed]
+    with ThreadPoolExecutor(args.jobs) as pool:  # after an error or Ctrl-C nothing more is begun; what is under way saves and ends
+        for phase in (trainings, tunings):
+            list(pool.map(lambda line: run_one(line, done, args), phase))
     lines = [line for line in read_lines(args.miniature) if run_of(line) in wanted]
     heading = (f"Top-1 on {max(line.get('videos', 0) for line in lines)} videos, mean and standard deviation of {args.seeds} seeds; "
                "chance is 12.5 %. Speed: clips/s of pre-training, loading included, relative to the first row.")
     columns = {"pre-training": "{name}"} | {f"{8 * n} labels": f"{{labels_{8 * n}}}" for n in PER_CLASS} | {"speed": "{speed}"}
-    return [heading], columns, [summary(setting, lines) for setting in STUDIED | SETTINGS]
+    return [heading], columns, [summary(setting, lines) for setting in AT_ALL_LABELS | FLAGS]
 
 
 def summary(setting, lines):
@@ -572,13 +540,13 @@ def summary(setting, lines):
     def of(key, setting, labels):
         return [line[key] for line in lines if (line["setting"], line["labels"]) == (setting, labels)]
 
-    row = dict(name=STUDIED.get(setting) or SETTINGS[setting])
+    row = dict(name=AT_ALL_LABELS.get(setting) or FLAGS[setting])
     for labels in (8 * n for n in PER_CLASS):
         found = of("top1", setting, labels)
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         row[f"labels_{labels}"] = f"{statistics.mean(found):.1f}{spread}" if found else ""
     ours, first = of("clips_per_s", setting, None), of("clips_per_s", "mae", None)
-    known = ours and first and setting in SETTINGS and len({(line["machine"], line["jobs"]) for line in lines}) == 1
+    known = ours and first and setting in FLAGS and len({(line["machine"], line["jobs"]) for line in lines}) == 1
     row["speed"] = f"{statistics.median(ours) / statistics.median(first):.2f}x" if known else ""
     return row
 
@@ -664,25 +632,22 @@ def describe(args, model):
 
 def flops(args):
     """--flops: heading, columns and rows."""
-    model, rows = predict(args)
+    model = make_model(args, "meta")
     note = ("Forward multiply-adds of one clip as we run it, only visible patches embedded; "
             "last column: all of them, as in Table 1 of the paper.")
-    return [describe(args, model), note], ARITHMETIC | AS_PAPER, rows
+    return [describe(args, model), note], ARITHMETIC | AS_PAPER, arithmetic(model, args)
 
 
 def speed(args):
     """The table of steps, with --end-to-end also its last columns: heading, columns and rows."""
     machine = start(args.device)
-    gpu = machine.device.type == "cuda"
-    args.model = args.model or ("large" if gpu else "small")
-    model, lines = predict(args)
-    videos = None if args.end_to_end is None else find_videos(args.end_to_end, "--end-to-end")
     run = Run(args, machine)
-    rows = [Row(run, line) for line in lines]
+    rows = [Row(run, line) for line in arithmetic(run.model, args)]
+    videos = None if args.end_to_end is None else find_videos(args.end_to_end)
     product = measure(run, rows)
-    table, columns = results(rows, product), ARITHMETIC | MEASURED | (MEMORY if gpu else {})
+    table, columns = results(rows, product), ARITHMETIC | MEASURED | (MEMORY if run.device.type == "cuda" else {})
     heading = [
-        f"{headline(args)} {describe(args, model)}",
+        f"{headline(args)} {describe(args, run.model)}",
         f"A step is forward, backward, clipping and AdamW on random video. "
         f"Batch: {f'{args.batch_size} videos' if args.batch_size else 'grows with the ratio'}, clips from each: {args.repeat}. "
         f"Times: median (least to most) of {args.rounds} rounds through all rows. TFLOP/s: a step counted as three forward passes; "
@@ -733,30 +698,19 @@ def parse_arguments(argv=None):
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write every row with all settings")
     output.add_argument("--chart", metavar="FILE.svg", help="draw speedup against masking ratio")
-    return parser.parse_args(argv)
-
-
-def complete(args):
-    """Check what argparse cannot, and fill in what depends on other arguments."""
-    args.ratios = sorted(set(args.ratios))
+    args = parser.parse_args(argv)
     if args.chart and (args.loader is not None or args.miniature or args.profile is not None):
         raise InputError("--chart draws speedup against masking ratio, of which --loader, --profile and --miniature have none; "
                          "leave one of the two out")
-    if args.flops:
-        args.model = args.model or "large"
+    gpu = args.device != "cpu" and torch.cuda.is_available()
+    args.model = args.model or ("large" if gpu or args.flops else "small")
+    args.ratios = sorted(set(args.ratios))
     args.repeat = args.repeat or (1 if args.loader is None and args.end_to_end is None else 4)
-
-
-def write(flag, name, text):
-    try:
-        Path(name).write_text(text)
-    except OSError as error:
-        raise InputError(f"{flag} {name} cannot be written: {error.strerror}; give another file") from error
+    return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    complete(args)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what train.py prints is no part of the table
             command = (flops if args.flops else miniature if args.miniature else profile if args.profile is not None else
@@ -767,9 +721,11 @@ def main(argv=None):
     print("\n\n".join([*heading, markdown(columns, rows)]))
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "chart")} | dict(torch=torch.__version__)
     if args.json:
-        write("--json", args.json, json.dumps([settings | row for row in rows], indent=1) + "\n")
+        with writable(f"--json {args.json}"):
+            Path(args.json).write_text(json.dumps([settings | row for row in rows], indent=1) + "\n")
     if args.chart:
-        write("--chart", args.chart, chart(rows))
+        with writable(f"--chart {args.chart}"):
+            Path(args.chart).write_text(chart(rows))
     return 0
 
 

@@ -10,7 +10,7 @@ From top to bottom: clips and views, augmentation on the device, labels, the mod
 """
 
 import argparse
-import errno
+import inspect
 import json
 import math
 import os
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, build, choose_precision,
                    choose_workers, clip_batches, complete, count, data_errors_explained, demo_videos, in_flags, learning_rate,
                    list_videos, load_init, load_weights, make_folder, numbers, of_all_processes, positive, random, read_clips,
-                   run_script, save_checkpoint, shared_arguments, start, to_device, whole)
+                   run_script, save_checkpoint, shared_arguments, start, to_device, whole, writable)
 from train import DEMO as PRETRAINING_DEMO
 
 import numpy as np
@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from mae_st import SIZES, Classifier, grid_size, interpolate_positions, normalise
+from mae_st import SIZES, Classifier, Encoder, grid_size, interpolate_positions, normalise
 
-AUGMENT, MIX, FEW = 10, 11, 12  # uses of `random`, beside those of train.py
+AUGMENT, MIX, FEW = 10, 11, 12  # the second number given to `random`, which keeps uses apart; train.py has 0 to 2
 
 # ------------------------------------------------------------------------------------------ clips and views
 
@@ -71,7 +71,7 @@ class View:
         code, a frame being 1/30 s."""
         if self.sampling == "segments":
             return frames_at((np.arange(len(self.offsets)) + (self.i + 0.5) / self.K) / len(self.offsets), seconds)
-        room = max(0.0, seconds[-1] - self.offsets[-1]) * 30 + 1e-6
+        room = max(0.0, seconds[-1] - self.offsets[-1]) * 30 + 1e-6  # in frames; 1e-6: whole numbers stay so, whatever * 30 rounds to
         start = self.i * math.floor(room / (self.K - 1)) if self.K > 1 else math.floor(room / 2)
         return start / 30 + self.offsets
 
@@ -145,19 +145,6 @@ def sharpness(x, m):
     return blend(x, smooth, m)
 
 
-def posterize(x, m):
-    step = 2.0 ** (4 + (m.abs() * 4).floor())  # 4 - floor(4 |m|) bits remain of 8
-    return (x / step).floor() * step
-
-
-def solarize(x, m):
-    return torch.where(x < 256 - (m.abs() * 256).floor(), x, 255 - x)
-
-
-def solarize_add(x, m):
-    return torch.where(x < 128, x + (m.abs() * 110).floor(), x)
-
-
 def affine(x, a, b, c, d, e, f):
     """The output at (x, y) shows the input at (a x + b y + c, d x + e y + f), in pixels from the middle."""
     n, C, T, H, W = x.shape
@@ -177,9 +164,9 @@ OPERATIONS = {
     "equalize": equalize,
     "invert": lambda x, m: 255 - x,
     "rotate": rotate,
-    "posterize": posterize,
-    "solarize": solarize,
-    "solarize_add": solarize_add,
+    "posterize": lambda x, m: x - x % 2 ** (4 + (m.abs() * 4).floor()),  # 4 - floor(4 |m|) bits remain of 8
+    "solarize": lambda x, m: torch.where(x < 256 - (m.abs() * 256).floor(), x, 255 - x),
+    "solarize_add": lambda x, m: torch.where(x < 128, x + (m.abs() * 110).floor(), x),
     "colour": lambda x, m: blend(x, luma(x), m),
     "contrast": lambda x, m: blend(x, luma(x).mean(PIXELS, keepdim=True).round(), m),
     "brightness": lambda x, m: blend(x, 0, m),
@@ -257,9 +244,11 @@ def mix(video, targets, rng, mixup, cutmix):
 
 
 class Labelled(NamedTuple):
-    train: VideoList
-    val: VideoList
     classes: list  # names, in the order of the head's outputs
+    val: VideoList
+    val_labels: list  # numbers of classes
+    train: VideoList  # None without --data
+    train_labels: list
 
 
 def labels_of(videos, where):
@@ -289,14 +278,14 @@ def some(names):
 
 
 def label_numbers(videos, classes, where):
-    """(n,) the class of each video, as a number."""
+    """The class of each video, as a number."""
     number = {name: i for i, name in enumerate(classes)}
     names = [str(int(name)) if name.isdecimal() and name not in number else name for name in labels_of(videos, where)]  # 07 is 7
     unknown = sorted(set(names) - number.keys())
     if unknown:
         raise InputError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} classes of the training ({some(classes)}); "
                          "take its videos out, or train with it")
-    return torch.tensor([number[name] for name in names])
+    return [number[name] for name in names]
 
 
 def subset(videos, rows):
@@ -313,45 +302,42 @@ def find_videos(args, say, classes=None):
         val, train = list_videos(args.val, say), videos
     else:
         folder = args.data if os.path.isdir(args.data) else os.path.dirname(os.path.abspath(args.data))
-        held_out = [zlib.crc32(os.fsencode(os.path.relpath(videos[i], folder))) % 10 == 0 for i in range(len(videos))]
+        held_out = [zlib.crc32(os.fsencode(os.path.relpath(path, folder))) % 10 == 0 for path in videos]
         val, train = (subset(videos, [i for i, out in enumerate(held_out) if out == wanted]) for wanted in (True, False))
         if not len(val) or not len(train):
             raise InputError(f"--data {args.data}: a tenth of {len(videos)} videos, chosen by a hash of their paths, "
                              f"is {len(val)} for validation, and {len(train)} for training; give --val")
         say(f"no --val: {len(val)} of {len(videos)} videos are held out for validation, always the same ones, by a hash of their paths")
-    for part, where in ((val, args.val or args.data), (train, args.data)):
-        if part is not None:
-            label_numbers(part, classes, where)  # complains about labels that are not among the classes
+    val_labels = label_numbers(val, classes, args.val or args.data)
+    train_labels = None if train is None else label_numbers(train, classes, args.data)
     if train is not None and args.per_class:
-        train = few(train, args.per_class, random(args.seed, FEW))
-    return Labelled(train, val, classes)
+        rows = few(train_labels, args.per_class, random(args.seed, FEW))
+        train, train_labels = subset(train, rows), [train_labels[i] for i in rows]
+    return Labelled(classes, val, val_labels, train, train_labels)
 
 
-def few(videos, per_class, rng):
-    """So many videos of each class, drawn by rng."""
+def few(labels, per_class, rng):
+    """Numbers of so many videos of each class, drawn by rng."""
     taken, rows = Counter(), []
-    for i in rng.permutation(len(videos)):
-        if taken[videos.labels[i]] < per_class:
-            taken[videos.labels[i]] += 1
+    for i in rng.permutation(len(labels)):
+        if taken[labels[i]] < per_class:
+            taken[labels[i]] += 1
             rows.append(i)
-    return subset(videos, sorted(rows))
+    return sorted(rows)
 
 
 # ------------------------------------------------------------------------------------------------ the model
 
-# Of the model's arguments in a checkpoint, what counts here.
-ENCODER = "frames height width channels patch dim depth heads mlp_ratio positions".split()
+ENCODER = inspect.signature(Encoder).parameters  # of the arguments in a checkpoint, what counts here: the rest is the decoder's
 
 
 def build_classifier(args, content, classes, batch_norm=False):
     """Arguments and model: the encoder of the checkpoint `content`, or of the flags, for the frames and size of the flags."""
-    if content:
-        arguments = {key: value for key, value in content["model_args"].items() if key in ENCODER}
-    else:
-        arguments = {key: value for key, value in SIZES[args.model].items() if key in ENCODER} | dict(patch=args.patch)
+    given = content["model_args"] if content else SIZES[args.model] | dict(patch=args.patch)
     height, width = args.size
-    arguments |= dict(frames=args.frames, height=height, width=width, classes=classes, dropout=args.dropout, drop_path=args.drop_path,
-                      batch_norm=batch_norm, checkpointing=args.checkpointing)
+    arguments = {key: value for key, value in given.items() if key in ENCODER} | dict(
+        frames=args.frames, height=height, width=width, classes=classes, dropout=args.dropout, drop_path=args.drop_path,
+        batch_norm=batch_norm, checkpointing=args.checkpointing)
     return arguments, build(arguments, Classifier)
 
 
@@ -379,7 +365,7 @@ def trained_classifier(args, machine, content):
     if head is None:
         raise InputError(f"--init {args.init} has no head: it is pre-trained and not fine-tuned yet")
     _, model = build_classifier(args, content, len(head), content["model_args"].get("batch_norm", False))
-    take_weights(model, content, args.init, False, machine.say)
+    take_weights(model, content, args.init, new_head=False, say=machine.say)
     return model.to(machine.device).eval(), content.get("classes") or [str(i) for i in range(len(head))]
 
 
@@ -449,12 +435,12 @@ def accuracy(scores, labels):
     return dict(val_acc1=100 * float((place < 1).mean()), val_acc5=100 * float((place < 5).mean()), videos=len(place))
 
 
-def write_predictions(out, scores, videos, labels, classes):
+def write_predictions(out, scores, data):
     """predictions.jsonl, one object a video: its path, its class, the place of that class (0 is right), the five best classes."""
     with open(out / "predictions.jsonl", "w") as file:
-        for i, (row, label, place) in enumerate(zip(scores, labels, places(scores, labels))):
-            best = {classes[c]: round(float(row[c]), 6) for c in np.argsort(-row, kind="stable")[:5]} if not np.isnan(row[0]) else {}
-            file.write(json.dumps(dict(video=videos[i], label=classes[label], place=int(place), top5=best)) + "\n")
+        for video, label, row, place in zip(data.val, data.val_labels, scores, places(scores, data.val_labels)):
+            best = {data.classes[c]: round(float(row[c]), 6) for c in np.argsort(-row, kind="stable")[:5]} if not np.isnan(row[0]) else {}
+            file.write(json.dumps(dict(video=video, label=data.classes[label], place=int(place), top5=best)) + "\n")
 
 
 def add_line(path, line):
@@ -489,8 +475,7 @@ class Finetuning(Pretraining):
         self.data, self.content = data, content
         super().__init__(args, machine)
         self.peak_lr *= args.repeat  # this recipe counts clips, not videos
-        self.labels = label_numbers(self.videos, data.classes, args.data)  # (videos,)
-        self.val_labels = label_numbers(data.val, data.classes, args.val or args.data)
+        self.labels = torch.tensor(data.train_labels)  # (videos,)
         self.best, self.result = dict(val_acc1=-1.0, step=0), None
 
     def find_videos(self):
@@ -501,7 +486,7 @@ class Finetuning(Pretraining):
         arguments, model = build_classifier(args, content, len(self.data.classes), batch_norm=args.probe)
         if content and not args.scratch:
             same_head = content.get("classes") == self.data.classes and content["model_args"].get("batch_norm", False) == args.probe
-            take_weights(model, content, args.init, not same_head, self.machine.say)
+            take_weights(model, content, args.init, new_head=not same_head, say=self.machine.say)
         model.encoder.requires_grad_(not args.probe)
         return arguments, model.to(self.device)
 
@@ -535,7 +520,7 @@ class Finetuning(Pretraining):
                 f"{len(self.videos)} videos to train, {len(self.data.val)} to validate")
 
     def rate(self, step):
-        """Up and down a cosine as in pre-training, but from and to `end_lr` in place of 0."""
+        """Linearly up and down half a cosine, as in pre-training, but from and to `end_lr` in place of 0."""
         end = self.peak_lr * self.args.end_lr / self.args.lr
         return end + learning_rate(step, self.steps, self.peak_lr - end, self.args.warmup)
 
@@ -572,7 +557,7 @@ class Finetuning(Pretraining):
         """At a planned checkpoint the validation videos are looked at first, one view each; a signal does not wait for that."""
         first = self.machine.rank == 0
         if self.step % self.save_every == 0 or self.step == self.steps:
-            result = accuracy(self.score((1, 1), "validation"), self.val_labels)
+            result = accuracy(self.score((1, 1), "validation"), self.data.val_labels)
             self.log.write(**self.row_of(result, (1, 1)))
             self.machine.say(f"step {self.step}: {in_words(result, (1, 1))}")
             if result["val_acc1"] > self.best["val_acc1"]:
@@ -588,9 +573,9 @@ class Finetuning(Pretraining):
 
     def conclude(self):
         scores = self.score(self.args.views, "evaluation")
-        self.result = accuracy(scores, self.val_labels)
+        self.result = accuracy(scores, self.data.val_labels)
         if self.machine.rank == 0:
-            write_predictions(self.out, scores, self.data.val, self.val_labels, self.data.classes)
+            write_predictions(self.out, scores, self.data)
             add_line(self.out / "log.jsonl", as_line(self.row_of(self.result, self.args.views)))
         self.machine.say(f"done: {self.steps} steps, {in_words(self.result, self.args.views)} "
                          f"(with one view the best was {self.best['val_acc1']:.2f} % after step {self.best['step']}: best.pt); "
@@ -621,13 +606,12 @@ def fine_tune(args, machine, content):
 def evaluate(args, machine, content):
     """--eval: the accuracy of a fine-tuned checkpoint, and predictions.jsonl."""
     model, classes = trained_classifier(args, machine, content)
-    videos = find_videos(args, machine.say, classes).val
-    labels, out = label_numbers(videos, classes, args.val or args.data), Path(args.out)
+    data, out = find_videos(args, machine.say, classes), Path(args.out)
     make_folder(out)
-    scores = for_each_video(softmax_scores(model), videos, args.views, args, machine, "evaluation")
+    scores = for_each_video(softmax_scores(model), data.val, args.views, args, machine, "evaluation")
     if machine.rank == 0:
-        write_predictions(out, scores, videos, labels, classes)
-    machine.say(f"{in_words(accuracy(scores, labels), args.views)}; {out}/predictions.jsonl")
+        write_predictions(out, scores, data)
+    machine.say(f"{in_words(accuracy(scores, data.val_labels), args.views)}; {out}/predictions.jsonl")
     return 0
 
 
@@ -642,39 +626,23 @@ def predict(args, machine, content):
     return 0
 
 
-def write_features(path, **arrays):
-    """A file of numpy arrays, under this very name; without arrays only a look at whether it can be written."""
-    unfinished = Path(f"{path}.unfinished")
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with open(unfinished, "wb") as file:  # to a name alone numpy would add .npz
-            np.savez(file, **arrays)
-        if arrays:
-            unfinished.replace(path)
-    except OSError as error:
-        raise InputError(f"--features {path} cannot be written: {error.strerror}; choose another file") from error
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
-
-
 def export_features(args, machine, content):
     """--features: what the head sees of every video, the mean over the views, with path, label and part (train or val)."""
     data = find_videos(args, machine.say, content.get("classes"))
-    if machine.rank == 0:
-        write_features(args.features)  # a try, before hours are spent
     _, model = build_classifier(args, content, len(data.classes))
-    take_weights(model, content, args.init, True, machine.say)
+    take_weights(model, content, args.init, new_head=True, say=machine.say)
     model = model.to(machine.device).eval()
-    parts = [(name, videos) for name, videos in (("train", data.train), ("val", data.val)) if videos is not None]
-    features = [for_each_video(model.pooled, videos, args.views, args, machine, f"features, {name}") for name, videos in parts]
     if machine.rank == 0:
-        write_features(args.features, features=np.concatenate(features), classes=np.array(data.classes),
-                       paths=np.array([videos[i] for _, videos in parts for i in range(len(videos))]),
-                       labels=np.concatenate([label_numbers(videos, data.classes, args.data) for _, videos in parts]),
-                       part=np.array([name for name, videos in parts for _ in range(len(videos))]))
-    machine.say(f"{args.features}: features of {sum(len(videos) for _, videos in parts)} videos, {model.head.in_features} numbers each; "
+        with writable(f"--features {args.features}"):
+            open(args.features, "ab").close()  # a try, before hours are spent
+    train = data.train or []
+    videos = VideoList([*train, *data.val])
+    features = for_each_video(model.pooled, videos, args.views, args, machine, "features")
+    if machine.rank == 0:
+        with writable(f"--features {args.features}"), open(args.features, "wb") as file:  # to a name alone numpy would add .npz
+            np.savez(file, features=features, labels=np.array((data.train_labels or []) + data.val_labels), classes=np.array(data.classes),
+                     paths=np.array(list(videos)), part=np.repeat(["train", "val"], [len(train), len(data.val)]))
+    machine.say(f"{args.features}: features of {len(videos)} videos, {model.head.in_features} numbers each; "
                 "NaN where a video cannot be read")
     return 0
 
@@ -688,13 +656,12 @@ RECIPE = {
     "huge": dict(epochs=75, repeat=1, layer_decay=0.8, drop_path=0.2, dropout=0.5, warmup=5 / 75),
 }
 SHAPE = dict(model="large", frames=16, size=(224, 224), patch=(2, 16, 16), stride=4.0, sampling="clip")  # where no checkpoint tells
+PLAIN = dict(layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0)
 # A linear layer is hardly able to overfit: nothing holds it back. MAE's own probing has LARS, here it is AdamW as everywhere.
-PROBE = dict(lr=6.4e-2, end_lr=0.0, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
-             rand_augment=0.0, erase=0.0)
+PROBE = dict(lr=6.4e-2, end_lr=0.0, weight_decay=0.0, **PLAIN)
 # Without --data: a mirrored or turned motion is another class, and a mixed one is none.
-DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=0.024, end_lr=0.0, warmup=0.1, layer_decay=1.0,
-            drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erase=0.0, flip=False, crop=0.5,
-            views=(3, 1))
+DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=0.024, end_lr=0.0, warmup=0.1, **PLAIN,
+            flip=False, crop=0.5, views=(3, 1))
 
 
 def parse_arguments(argv=None):

@@ -382,7 +382,7 @@ def list_videos(data, say=print):
         return videos_in_folder(Path(data), say)
     if os.path.isfile(data):
         return videos_in_list(Path(data))
-    raise InputError(f"--data {str(data)[:200]}: no such folder or list file")
+    raise InputError(f"{str(data)[:200]}: no such folder or list file")
 
 
 def videos_in_folder(folder, say):
@@ -408,7 +408,7 @@ def videos_in_folder(folder, say):
     if ignored:
         say(f"not videos by their names, left out: {', '.join(f'{count} x {suffix}' for suffix, count in ignored.most_common(5))}")
     if not paths:
-        raise InputError(f"--data {folder}: no video in this folder or below; looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
+        raise InputError(f"{folder}: no video in this folder or below; looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
     return VideoList(paths, labels if any(labels) else None)
 
 
@@ -432,16 +432,16 @@ def videos_in_list(file):
     try:
         lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
-        raise InputError(f"--data {file}: {error.strerror}") from error
+        raise InputError(f"{file}: {error.strerror}") from error
     if any("\0" in line for line in lines):
-        raise InputError(f"--data {file}: this is not a text file; give a folder of videos or a list with one path a line")
+        raise InputError(f"{file}: this is not a text file; give a folder of videos or a list with one path a line")
     entries = [parse_line(line) for line in lines if line.strip()]
     if not entries:
-        raise InputError(f"--data {file}: the list is empty; give one path a line")
+        raise InputError(f"{file}: the list is empty; give one path a line")
     labels = [label for _, label in entries]
     if None in labels and any(labels):
         row = labels.index(None)
-        raise InputError(f"--data {file}: {entries[row][0]!r} has no label and others have; label all lines or none")
+        raise InputError(f"{file}: {entries[row][0]!r} has no label and others have; label all lines or none")
     folder = os.path.abspath(file.parent)
     return VideoList([os.path.join(folder, path) for path, _ in entries], None if None in labels else labels)
 
@@ -1344,12 +1344,19 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
+@contextlib.contextmanager
+def writable(what):
+    """An error of the disk while `what`, a flag and its value, is written becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error.strerror}; make room, or choose another place") from error
+
+
 def make_folder(out):
     """The folder of --out, there and writable."""
-    try:
+    with writable(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
     if not os.access(out, os.W_OK | os.X_OK):
         raise InputError(f"--out {out} cannot be written: no permission, or a read-only disk; choose another folder")
 
@@ -1359,10 +1366,8 @@ def hold_folder(out):
 
     lockf, not flock: data workers that outlive a killed run by some seconds must not hold the lock against its successor.
     """
-    try:
+    with writable(f"--out {out}"):
         lock = (out / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: lock: {error.strerror}; choose another folder") from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
@@ -1391,7 +1396,7 @@ def count_tokens(model, strategy, mask_ratio):
     try:
         keep, hide = split_tokens(mask_noise(strategy, 1, model.encoder.grid), model.encoder.grid, mask_ratio)
     except ValueError as error:
-        raise InputError(f"--mask-ratio: {error}") from error
+        raise InputError(str(error)) from error
     return keep.shape[1], hide.shape[1]
 
 
