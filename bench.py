@@ -28,7 +28,7 @@ from pathlib import Path
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
 from train import (DEMO, BadVideo, InputError, Parser, RandomClip, Skipped, StepSampler, VideoClips, available_cpus, between, build,
                    choose_precision, choose_workers, clip_batches, count_tokens, data_errors_explained, decay_groups, elapsed,
-                   generate_videos, in_flags, list_videos, mark, positive, precision_name, random, read_clips, run_script, shown_at,
+                   generate_videos, generator_of, in_flags, list_videos, mark, positive, precision_name, read_clips, run_script, shown_at,
                    square, start, three_sizes, to_device, update, whole, writable, write_video)
 
 import av
@@ -329,7 +329,8 @@ def find_videos(given):
             unfinished = folder.with_name(folder.name + ".unfinished")  # complete or not at all
             unfinished.mkdir(parents=True, exist_ok=True)
             for i in tqdm(range(4), desc=f"writing videos to {folder}", unit="video"):
-                write_video(unfinished / f"{i}.mp4", kinetics_like(random(0, i)), fps=30, options={"mbtree": "1"})  # libx264's defaults
+                # With mbtree the options are libx264's defaults.
+                write_video(unfinished / f"{i}.mp4", kinetics_like(generator_of(0, i)), fps=30, options={"mbtree": "1"})
             unfinished.rename(folder)
     return list_videos(given or folder)
 
@@ -359,7 +360,8 @@ def time_file(path, args):
     times = {read_clips: [], read_straightforwardly: []}
     for attempt in range(1 + args.rounds):
         for read in times:
-            clips = [RandomClip(random(0, attempt, repeat), args.frames, args.stride) for repeat in range(args.repeat)]  # the same for both
+            # The same clips for both.
+            clips = [RandomClip(generator_of(0, attempt, repeat), args.frames, args.stride) for repeat in range(args.repeat)]
             times[read].append(timed(lambda: read(path, clips, args.size), torch.device("cpu")))
     return [args.repeat / statistics.median(taken[1:]) for taken in times.values()]  # the first round warms up
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 # Before torch: train.py sets OMP_WAIT_POLICY, which torch reads when it is loaded.
 from train import (BadVideo, InputError, Pretraining, RandomClip, VideoClips, VideoList, as_line, between, build, choose_precision,
-                   choose_workers, clip_batches, complete, count, data_errors_explained, demo_videos, in_flags, learning_rate,
-                   list_videos, load_init, load_weights, make_folder, numbers, of_all_processes, positive, random, read_clips,
+                   choose_workers, clip_batches, complete, count, data_errors_explained, demo_videos, generator_of, in_flags,
+                   learning_rate, list_videos, load_init, load_weights, make_folder, numbers, of_all_processes, positive, read_clips,
                    run_script, save_checkpoint, shared_arguments, start, to_device, whole, writable)
 from train import DEMO as PRETRAINING_DEMO
 
@@ -311,7 +311,7 @@ def find_videos(args, say, classes=None):
     val_labels = label_numbers(val, classes, args.val or args.data)
     train_labels = None if train is None else label_numbers(train, classes, args.data)
     if train is not None and args.per_class:
-        rows = few(train_labels, args.per_class, random(args.seed, FEW))
+        rows = few(train_labels, args.per_class, generator_of(args.seed, FEW))
         train, train_labels = subset(train, rows), [train_labels[i] for i in rows]
     return Labelled(classes, val, val_labels, train, train_labels)
 
@@ -355,7 +355,7 @@ def take_weights(model, content, path, new_head, say):
         weights |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head")}
         words.append("a new head")
     left_out = sorted({name.split(".")[0] for name in [*left_out, *content.get("left_out", [])]})
-    load_weights(model, dict(model=weights), path)
+    load_weights(model, weights, path)
     say(f"{path}: {', '.join(words)}" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
 
 
@@ -506,9 +506,6 @@ class Finetuning(Pretraining):
     def state(self):
         return super().state() | dict(classes=self.data.classes, best=self.best)
 
-    def begin(self):
-        """The weights were taken in `make_model`."""
-
     def restore(self, content):
         super().restore(content)
         self.best = content["best"]
@@ -531,9 +528,9 @@ class Finetuning(Pretraining):
         batch = self.fetch(step, micro)
         batch["label"] = self.labels[batch["index"]].repeat_interleave(args.repeat)  # (B * R,)
         video, labels = to_device(batch, ("video", "label"), self.device, self.copy_stream)
-        rng = random(args.seed, MIX, step, micro, self.machine.rank)
+        rng = generator_of(args.seed, MIX, step, micro, self.machine.rank)
         torch.manual_seed(int(rng.integers(2**62)))
-        generators = [random(args.seed, AUGMENT, k, r) for k in self.sampler.samples(step, micro) for r in range(args.repeat)]
+        generators = [generator_of(args.seed, AUGMENT, k, r) for k in self.sampler.samples(step, micro) for r in range(args.repeat)]
         if args.rand_augment:
             rand_augment(video, [draw_operations(generator, args.rand_augment) for generator in generators])
         video = normalise(video)

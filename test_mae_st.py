@@ -550,11 +550,11 @@ def test_a_picture_of_hevc_may_be_dropped_if_nothing_of_its_layer_needs_it_and_n
                                     ((14,), 7, True), ((15,), 2, False), ((16,), 1, False), ((19,), 1, False), ((20,), 1, False),
                                     ((32, 33, 34, 39, 0), 1, True)):
         packet = b"".join(nal(kind, layer, size) for kind in kinds)
-        assert train.hevc_layer(packet, size or 0) == (layer, droppable), kinds
-    assert train.hevc_layer(nal(39, 1, size), size or 0) == (0, False)  # no picture in it
+        assert train.hevc_packet(packet, size or 0) == (kinds[0] in (16, 19, 20), droppable, layer), kinds
+    assert train.hevc_packet(nal(39, 1, size), size or 0) == (False, False, 0)  # no picture in it
     file, codec, options, pix_fmt = CODECS["HEVC"]
     path, layers = encode(tmp_path / file, natural_frames(12), codec, options=options, pix_fmt=pix_fmt), iter([1, 3, 2] * 4)
-    monkeypatch.setattr(train, "hevc_layer", lambda *_: (next(layers), True))  # unneeded in their own layer, all of them
+    monkeypatch.setattr(train, "hevc_packet", lambda *_: (False, True, next(layers)))  # unneeded in their own layer, all of them
     with train.open_video(path) as (container, stream):
         assert train.read_packets(container, stream).droppable == [False, True, False] * 4
 
@@ -1256,7 +1256,7 @@ def test_a_compiled_run_is_the_same_run_and_is_compiled_once(some_videos, tmp_pa
 
 def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos, tmp_path):
     assert train.main(arguments(some_videos, tmp_path / "whole", "--steps", "4", "--workers", "1")) == 0
-    first = train.Pretraining.finish
+    first = train.Pretraining.check_step
 
     def stop_after_two(self, step, *numbers):
         if step == 2:
@@ -1264,7 +1264,7 @@ def test_four_steps_equal_two_and_two_with_another_number_of_workers(some_videos
         return first(self, step, *numbers)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Pretraining, "finish", stop_after_two)
+        patch.setattr(train.Pretraining, "check_step", stop_after_two)
         train.main(arguments(some_videos, tmp_path / "parts", "--steps", "4", "--workers", "1"))
     assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 2
     assert train.main(arguments(some_videos, tmp_path / "parts", "--steps", "4", "--workers", "0")) == 0
@@ -1580,12 +1580,12 @@ def test_a_killed_rank_is_started_again_by_torchrun_and_the_result_is_the_same(s
     script.write_text(f"""import os, signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import train
-finish = train.Pretraining.finish
+check_step = train.Pretraining.check_step
 def dying(self, step, *numbers):
     if step == 3 and self.machine.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return finish(self, step, *numbers)
-train.Pretraining.finish = dying
+    return check_step(self, step, *numbers)
+train.Pretraining.check_step = dying
 train.run_script(train.main)
 """)
     out = tmp_path / "killed"
@@ -1732,7 +1732,7 @@ def test_a_released_pretrained_checkpoint_reconstructs_as_computed_from_its_tens
     torch.save(released("paper", apart), tmp_path / "released.pyth")
     content, weights = train.load_init(tmp_path / "released.pyth"), released("paper", apart)["model_state"]
     model = train.build(content["model_args"])
-    train.load_weights(model, content, "released.pyth")
+    train.load_weights(model, content["model"], "released.pyth")
     video, noise = torch.randn(1, 3, 4, 32, 32), torch.rand(1, 2, 2, 2)
     keep, hide = split_tokens(noise, (2, 2, 2), 0.7)
     latent = norm(plain_released_encoder(weights, video[0], keep[0]), weights, "norm")
@@ -2285,10 +2285,10 @@ def test_fine_tuning_stops_when_not_finite_and_goes_on_after_a_signal(labelled, 
     with monkeypatch.context() as patch, pytest.raises(train.InputError, match="step 3 are not finite"):
         patch.setattr(mae_st.Classifier, "forward", lambda self, video: forward(self, video) * (math.nan if next(calls) == 2 else 1))
         finetune.main(tuning(labelled, tmp_path / "broken", *more))
-    finish = finetune.Finetuning.finish
+    check_step = finetune.Finetuning.check_step
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Finetuning, "finish", lambda self, step, *numbers: (step == 1 and os.kill(os.getpid(), signal.SIGTERM))
-                      or finish(self, step, *numbers))
+        patch.setattr(finetune.Finetuning, "check_step", lambda self, step, *numbers: (step == 1 and os.kill(os.getpid(), signal.SIGTERM))
+                      or check_step(self, step, *numbers))
         assert finetune.main(tuning(labelled, tmp_path / "parts", *more)) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step" in capsys.readouterr().out
     assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] in (2, 3, 4)

@@ -23,11 +23,10 @@ import signal
 import stat
 import sys
 import textwrap
-import threading
 import time
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -118,25 +117,27 @@ def nal_headers(data, length_size):
 
 
 def h264_packet(data, length_size):
-    """(does decoding restart here, may it be dropped) of one H.264 packet.
+    """(may decoding begin here, does nothing refer to the picture, its temporal layer) of one H.264 packet: 7.4.1 of H.264.
 
-    Slices are NAL types 1 to 5, 5 is IDR; nal_ref_idc = 0 says that nothing refers to the picture (7.4.1 of H.264).
+    Slices are NAL types 1 to 5. Only 5, IDR, is a beginning: after other key frames (recovery points) a picture may still
+    refer to older ones. nal_ref_idc = 0 says that nothing refers to the picture.
     """
     slices = [data[at] for at in nal_headers(data, length_size) if 1 <= data[at] & 31 <= 5]
-    return any(header & 31 == 5 for header in slices), bool(slices) and not any(header & 0x60 for header in slices)
+    return any(header & 31 == 5 for header in slices), bool(slices) and not any(header & 0x60 for header in slices), 0
 
 
-def hevc_layer(data, length_size):
-    """(temporal layer, from 1, and is it a sub-layer non-reference picture) of one HEVC packet: table 7-1 of H.265."""
+def hevc_packet(data, length_size):
+    """The same of one HEVC packet: table 7-1 of H.265. That nothing refers to a picture is said about its own layer there."""
     slices = [(data[at] >> 1 & 63, data[at + 1] & 7) for at in nal_headers(data, length_size) if data[at] >> 1 & 63 < 32]
-    return max((layer for _, layer in slices), default=0), bool(slices) and all(kind <= 14 and kind % 2 == 0 for kind, _ in slices)
+    unneeded = bool(slices) and all(kind <= 14 and kind % 2 == 0 for kind, _ in slices)
+    return any(16 <= kind <= 23 for kind, _ in slices), unneeded, max((layer for _, layer in slices), default=0)
 
 
 def read_packets(container, stream):
     """What the packets of the stream tell, or None if their time stamps cannot be trusted (missing, doubled, or AVI's)."""
     codec, extradata = stream.codec_context.name, bytes(stream.codec_context.extradata or b"")
-    length_at = {"h264": 4, "hevc": 21}.get(codec)  # of lengthSizeMinusOne in avcC and hvcC
-    length_size = (extradata[length_at] & 3) + 1 if length_at and len(extradata) > length_at and extradata[0] == 1 else 0
+    look, length_at = {"h264": (h264_packet, 4), "hevc": (hevc_packet, 21)}.get(codec, (None, 0))  # of lengthSizeMinusOne in avcC and hvcC
+    length_size = (extradata[length_at] & 3) + 1 if len(extradata) > length_at and extradata[0] == 1 else 0
     packets, pts, shown, entry, droppable, layers = [], [], [], [], [], []
     for packet in container.demux(stream):
         if not packet.size:
@@ -146,18 +147,12 @@ def read_packets(container, stream):
         if not packet.is_discard:  # edit lists cut frames off: those are decoded, but not shown
             shown.append(packet.pts)
         pts.append(packet.pts)
-        if codec == "h264":
-            # Other key frames exist (recovery points), but after one of those a picture may still refer to older ones.
-            restarts, drop = h264_packet(bytes(packet), length_size)
-        elif codec == "hevc":
-            restarts, (layer, drop) = packet.is_keyframe, hevc_layer(bytes(packet), length_size)
-            layers.append(layer)
-        else:
-            restarts, drop = packet.is_keyframe, False
-        entry.append(restarts)
-        droppable.append(drop)
-    if layers:  # a sub-layer non-reference picture may still serve the layers above its own
-        droppable = [drop and layer == max(layers) for drop, layer in zip(droppable, layers)]
+        begins, unneeded, layer = look(bytes(packet), length_size) if look else (packet.is_keyframe, False, 0)
+        entry.append(begins)
+        droppable.append(unneeded)
+        layers.append(layer)
+    top = max(layers, default=0)  # a picture that nothing in its layer refers to may still serve the layers above
+    droppable = [unneeded and layer == top for unneeded, layer in zip(droppable, layers)]
     trusted = container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts) and stream.time_base
     return Packets(packets, pts, sorted(shown), entry, droppable) if shown and trusted else None
 
@@ -165,15 +160,6 @@ def read_packets(container, stream):
 def shown_at(times, seconds):
     """Which frame is on the screen: the last that began at or before each time. times (T,), seconds (n,) sorted -> (T,) numbers."""
     return np.clip(np.searchsorted(seconds, np.asarray(times) + SLACK, side="right") - 1, 0, len(seconds) - 1)
-
-
-def wanted_frames(clips, seconds):
-    """{frame number: {clip number: [places in the clip]}}. seconds (n,): when each frame comes up, counted from the first."""
-    wanted = defaultdict(lambda: defaultdict(list))
-    for number, clip in enumerate(clips):
-        for place, frame in enumerate(shown_at(clip.times(seconds), seconds)):
-            wanted[int(frame)][number].append(place)
-    return wanted
 
 
 def needed_packets(table, wanted):
@@ -212,13 +198,11 @@ class Renderer:
         self.box = self.seen = self.graph = None
 
     def build(self, frame):
-        upright = frame.width * self.aspect, frame.height
-        turned = frame.rotation % 360
+        turned, width, height, aspect = frame.rotation % 360, frame.width, frame.height, self.aspect
         if turned in (90, 270):
-            upright = upright[::-1]
+            width, height, aspect = height, width, 1 / aspect
         if self.box is None:  # as shares of the upright picture, so it outlives a change of resolution
-            self.box, self.flip = self.clip.box(*upright)
-        width, height = (frame.height, frame.width) if turned in (90, 270) else (frame.width, frame.height)
+            self.box, self.flip = self.clip.box(width * aspect, height)
         x, y, w, h = (share * length for share, length in zip(self.box, (width, height, width, height)))
         w, h = (min(length, max(2, round(part))) for part, length in ((w, width), (h, height)))
         x, y = min(round(x), width - w), min(round(y), height - h)
@@ -242,9 +226,7 @@ class Renderer:
             self.build(frame)
             self.seen = looks
         self.graph.vpush(frame)
-        plane = self.graph.vpull().planes[0]
-        (H, W), rows = self.size, np.frombuffer(plane, np.uint8)
-        out[:] = rows.reshape(H, plane.line_size)[:, :3 * W].reshape(H, W, 3)  # the one copy in Python
+        out[:] = self.graph.vpull().to_ndarray()  # of a view: the one copy in Python
 
 
 def read_clips(path, clips, size):
@@ -257,18 +239,24 @@ def read_clips(path, clips, size):
     return read_plainly(path, clips, size) if out is None else out
 
 
-def prepare(stream, clips, size):
-    """A renderer per clip, and room for what they render: (R, T, H, W, 3)."""
-    aspect = float(stream.sample_aspect_ratio or 0) or 1.0
-    T = len(clips[0].times(np.zeros(1)))  # whatever the video's length, a clip has as many frames
-    return [Renderer(clip, size, aspect) for clip in clips], np.empty((len(clips), T, *size, 3), np.uint8)
+class Canvas:
+    """What the clips show, and room for it. seconds (n,): when each frame of the video comes up, counted from the first."""
 
+    def __init__(self, clips, seconds, size, stream):
+        aspect = float(stream.sample_aspect_ratio or 0) or 1.0
+        self.renderers = [Renderer(clip, size, aspect) for clip in clips]
+        self.frames = np.stack([shown_at(clip.times(seconds), seconds) for clip in clips])  # (R, T) numbers
+        self.missing = set(self.frames.flat)
+        self.out = np.empty((*self.frames.shape, *size, 3), np.uint8)  # (R, T, H, W, 3)
 
-def render(frame, places, renderers, out):
-    for number, (first, *others) in places.items():
-        renderers[number](frame, out[number, first])
-        for place in others:  # the same frame again: a slow or a short video
-            out[number, place] = out[number, first]
+    def paint(self, frame, number):
+        """Put a frame into all of its places."""
+        self.missing.remove(number)
+        for clip, place in np.argwhere(self.frames == number):
+            if place and self.frames[clip, place - 1] == number:  # the same frame again: a slow or a short video
+                self.out[clip, place] = self.out[clip, place - 1]
+            else:
+                self.renderers[clip](frame, self.out[clip, place])
 
 
 def read_needed(path, clips, size):
@@ -283,15 +271,15 @@ def read_needed(path, clips, size):
             container, stream = stack.enter_context(open_video(path))
             packets = (packet for packet in container.demux(stream) if packet.size)
         seconds = (np.array(table.shown) - table.shown[0]) * float(stream.time_base)  # (n,)
-        wanted = {table.shown[frame]: places for frame, places in wanted_frames(clips, seconds).items()}
-        renderers, out = prepare(stream, clips, size)
+        canvas = Canvas(clips, seconds, size, stream)
+        wanted = {table.shown[number]: number for number in canvas.missing}
         try:
             for frame in decode_needed(stream.codec_context, packets, *needed_packets(table, wanted)):
-                if frame.pts in wanted and not frame.is_corrupt:
-                    render(frame, wanted.pop(frame.pts), renderers, out)
+                if wanted.get(frame.pts) in canvas.missing and not frame.is_corrupt:
+                    canvas.paint(frame, wanted[frame.pts])
         except av.FFmpegError:
             return None
-    return None if wanted else out
+    return None if canvas.missing else canvas.out
 
 
 def read_plainly(path, clips, size):
@@ -311,17 +299,14 @@ def read_plainly(path, clips, size):
             seconds = np.arange(len(pts)) / float(stream.average_rate or stream.guessed_rate or 30)
         else:
             seconds = (np.array(pts) - pts[0]) * float(stream.time_base)
-    wanted = wanted_frames(clips, seconds)
     with open_video(path) as (container, stream):
-        renderers, out = prepare(stream, clips, size)
+        canvas = Canvas(clips, seconds, size, stream)
         for number, frame in enumerate(held or container.decode(stream)):
-            if number in wanted:
-                render(frame, wanted.pop(number), renderers, out)
-            if not wanted:
-                break
-    if wanted:
-        raise BadVideo("the file decodes differently each time")
-    return out
+            if number in canvas.missing:
+                canvas.paint(frame, number)
+            if not canvas.missing:
+                return canvas.out
+    raise BadVideo("the file decodes differently each time")
 
 
 class RandomClip:
@@ -387,11 +372,7 @@ def list_videos(data, say=print):
 
 def videos_in_folder(folder, say):
     paths, labels, ignored, visited = [], [], Counter(), set()
-
-    def unreadable(error):
-        say(f"left out: {error.filename}: {error.strerror}")
-
-    for where, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: say(f"left out: {e.filename}: {e.strerror}")):
         if os.path.realpath(where) in visited:  # by way of a link
             folders.clear()
             continue
@@ -446,8 +427,8 @@ def videos_in_list(file):
     return VideoList([os.path.join(folder, path) for path, _ in entries], None if None in labels else labels)
 
 
-def random(*numbers):
-    """A generator that depends on these numbers and nothing else. In training the second one keeps uses apart (below)."""
+def generator_of(*numbers):
+    """Random numbers that depend on these numbers and nothing else. In training the second one keeps uses apart (below)."""
     return np.random.default_rng(numbers)
 
 
@@ -470,26 +451,27 @@ class VideoClips(Dataset):
     def video_of(self, k):
         turn, place = divmod(k, len(self.videos))
         if self.order[0] != turn:
-            self.order = turn, random(self.seed, ORDER, turn).permutation(len(self.videos))
+            self.order = turn, generator_of(self.seed, ORDER, turn).permutation(len(self.videos))
         return int(self.order[1][place])
 
     def __getitem__(self, k):
         video, bad = self.video_of(k), []
         for attempt in range(100):  # so many only where the list is useless
-            generators = [random(self.seed, CLIP, k, repeat) for repeat in range(self.repeat)]
+            generators = [generator_of(self.seed, CLIP, k, repeat) for repeat in range(self.repeat)]
             clips = [self.kind(rng, self.frames, self.stride, self.area, self.flip) for rng in generators]
             try:
                 pixels = read_clips(self.videos[video], clips, self.size)  # (R, T, H, W, 3)
                 break
             except BadVideo as reason:
                 bad.append((video, str(reason)))
-                video = int(random(self.seed, REPLACEMENT, k, attempt).integers(len(self.videos)))
+                video = int(generator_of(self.seed, REPLACEMENT, k, attempt).integers(len(self.videos)))
         else:
             pixels, video = np.zeros((self.repeat, self.frames, *self.size, 3), np.uint8), -1
         item = dict(video=torch.from_numpy(pixels), index=video, bad=bad)
         if self.noise:
             strategy, grid = self.noise
-            seeds = [int(random(self.seed, CLIP, k, repeat, 1).integers(2**62)) for repeat in range(self.repeat)]
+            # 1: drawn apart from the crop, which takes as many numbers as it needs.
+            seeds = [int(generator_of(self.seed, CLIP, k, repeat, 1).integers(2**62)) for repeat in range(self.repeat)]
             item["noise"] = torch.cat([mask_noise(strategy, 1, grid, torch.Generator().manual_seed(s)) for s in seeds])  # (R, a, b, c)
         return item
 
@@ -502,9 +484,7 @@ class StepSampler:
         self.steps, self.batch_size, self.accum, self.rank, self.world = steps, batch_size, accum, rank, world
 
     def __iter__(self):
-        for step in self.steps:
-            for micro in range(self.accum):
-                yield list(self.samples(step, micro))
+        return (self.samples(step, micro) for step in self.steps for micro in range(self.accum))
 
     def samples(self, step, micro):
         first = ((step * self.accum + micro) * self.world + self.rank) * self.batch_size
@@ -669,7 +649,7 @@ def generate_videos(folder, per_class=100, held_out=40, frames=48, size=64, seed
         lists = {"train": [], "val": []}
         for part, move, i in tqdm(jobs, desc=f"writing videos to {folder}", unit="video"):
             (unfinished / part / move).mkdir(parents=True, exist_ok=True)
-            rng = random(seed, ("train", "val").index(part), MOVES.index(move), i)
+            rng = generator_of(seed, ("train", "val").index(part), MOVES.index(move), i)
             colour, name = rng.choice(list(COLOURS)), f"{part}/{move}/{i:04d}.mp4"
             write_video(unfinished / name, moving_shapes(rng, move, colour, frames, size), fps=30,
                         options={"crf": "18", "preset": "veryfast"})
@@ -743,7 +723,7 @@ def write_pictures(out, model, video, mask_ratio, noise):
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-class Damaged(Exception):
+class Damaged(InputError):
     """A checkpoint whose bytes are not what was written."""
 
 
@@ -813,13 +793,12 @@ def find_checkpoint(folder):
 
 def load_init(path):
     """The content of the checkpoint given as --init: one of ours, or a released one in the form of ours."""
+    content = read_checkpoint(path)
+    content.pop("optimizer", None)  # two thirds of the file
     try:
-        content = read_checkpoint(path)
-        content.pop("optimizer", None)  # two thirds of the file
         return from_released(content)
-    except (Damaged, ValueError) as problem:
-        where = "" if isinstance(problem, Damaged) else f"{path}: "
-        raise InputError(f"--init {where}{problem}; give another checkpoint") from problem
+    except ValueError as problem:
+        raise InputError(f"--init {path}: {problem}; give another checkpoint") from problem
 
 
 # ------------------------------------------------------------------------------------ processes and precision
@@ -895,48 +874,28 @@ def of_all_processes(items, machine):
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once.
+    """SIGTERM and SIGINT ask for the end: the step is finished on all ranks, then saved. A second SIGINT ends at once, and so does
+    either once the last step is saved."""
 
-    Python does not hear of a signal while the main thread is inside C code, so a thread listens too: it lets a second
-    SIGINT through at any time, and ends a rank that waits in a collective for one that has died. On GPUs a rank
-    waits in the same way while the first one writes a large checkpoint, so its patience is longer there, up to just
-    before torchrun would kill it, which is after 30 s.
-    """
-
-    def __init__(self, machine):
-        self.signal, self.machine, self.patience = 0, machine, 25.0 if machine.device.type == "cuda" else 10.0  # s
-        self.done = False  # once the last step is saved, a signal ends at once
-        self.arrivals, wakeup = os.pipe()
-        os.set_blocking(wakeup, False)
-        signal.set_wakeup_fd(wakeup)
+    def __init__(self):
+        self.signal, self.done, self.first = 0, False, None  # first: when the first SIGINT came
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
-        threading.Thread(target=self.watch, daemon=True).start()
 
     def receive(self, number, _):
         self.signal = number
+        if self.done:
+            sys.stdout.flush()
+            self.end(f"stopped by {signal.Signals(number).name}; the steps are done and saved, "
+                     "the same command goes on with what comes after them")
+        if number == signal.SIGINT:
+            self.first = self.first or time.monotonic()
+            if time.monotonic() - self.first > 0.5:  # torchrun passes the same Ctrl-C on, at once
+                self.end("stopped by a second SIGINT, nothing saved since the last checkpoint")
 
-    def watch(self):
-        first = None  # when the first SIGINT came
-        while number := os.read(self.arrivals, 1)[0]:
-            if self.done and number in (signal.SIGINT, signal.SIGTERM):
-                sys.stdout.flush()
-                self.end(number, f"stopped by {signal.Signals(number).name}; the steps are done and saved, "
-                                 "the same command goes on with what comes after them")
-            if number == signal.SIGINT:
-                first = first or time.monotonic()
-                if time.monotonic() - first > 0.5:  # torchrun passes the same Ctrl-C on, at once
-                    self.end(number, "stopped by a second SIGINT, nothing saved since the last checkpoint")
-            if number in (signal.SIGINT, signal.SIGTERM) and self.machine.world > 1:
-                threading.Timer(self.patience, self.end_if_stuck, [number]).start()
-
-    def end_if_stuck(self, number):
-        if not self.signal:
-            self.end(number, "stopped while waiting for another process, nothing saved since the last checkpoint")
-
-    def end(self, number, reason):
+    def end(self, reason):
         os.write(2, f"\n{reason}\n".encode())
-        os._exit(128 + number)
+        os._exit(128 + self.signal)
 
 
 def mark(device):
@@ -956,22 +915,6 @@ def elapsed(begin, end):
     return begin.elapsed_time(end) / 1e3
 
 
-class Late:
-    """Numbers on their way from the device, to be read a step later, so that the loop does not wait for the GPU."""
-
-    def __init__(self, numbers):
-        on_gpu = numbers.is_cuda
-        self.numbers = torch.empty(numbers.shape, pin_memory=on_gpu).copy_(numbers, non_blocking=True)
-        self.arrived = torch.cuda.Event() if on_gpu else None
-        if on_gpu:
-            self.arrived.record()
-
-    def read(self):
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.numbers.tolist()
-
-
 # --------------------------------------------------------------------------------------------------- recipe
 
 
@@ -979,16 +922,14 @@ def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over the first share `warmup` of the steps, then half a cosine to 0. A function of the step alone."""
     warm = warmup * steps
     if step < warm:
-        return peak * (step + 1) / (warm + 1)
+        return peak * (step + 1) / (warm + 1)  # above 0 from the first step on, and at the peak when warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def decay_groups(model, weight_decay):
     """Weight decay for matrices and tables; none for biases and other 1-d parameters."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
-    for parameter in model.parameters():
-        groups[parameter.dim() <= 1]["params"].append(parameter)
-    return groups
+    return [dict(params=[parameter for parameter in model.parameters() if parameter.dim() > 1], weight_decay=weight_decay),
+            dict(params=[parameter for parameter in model.parameters() if parameter.dim() <= 1], weight_decay=0.0)]
 
 
 def update(optimizer, scaler, parameters, clip, loss):
@@ -1034,30 +975,26 @@ class Log:
     """log.jsonl, one object a step, written line by line; and the progress bar. After a resume no step stands twice."""
 
     def __init__(self, out, machine, start, steps):
-        self.file = None
+        path = out / "log.jsonl"
         if machine.rank == 0:
-            path = out / "log.jsonl"
             kept = [line for line in path.read_text(errors="replace").splitlines() if is_row_before(line, start)] if path.exists() else []
             path.with_suffix(".unfinished").write_text("".join(line + "\n" for line in kept))
             path.with_suffix(".unfinished").replace(path)
-            self.file = open(path, "a", buffering=1)
+        self.file = open(path if machine.rank == 0 else os.devnull, "a", buffering=1)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=machine.rank > 0, dynamic_ncols=True, mininterval=0.5)
 
     def write(self, **row):
-        if self.file:
-            self.file.write(as_line(row))
+        self.file.write(as_line(row))
 
     def row(self, **row):
         self.write(**row)
-        if self.file:
-            text = "loss {loss:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait {data_wait:.0%}"
-            self.bar.set_postfix_str(text.format(**row), refresh=False)
+        text = "loss {loss:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait {data_wait:.0%}"
+        self.bar.set_postfix_str(text.format(**row), refresh=False)
         self.bar.update()
 
     def close(self):
         self.bar.close()
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
 def as_line(row):
@@ -1093,7 +1030,7 @@ class Pretraining:
         self.videos = self.find_videos()
         self.videos_per_step = args.batch_size * args.accum * machine.world
         self.steps = args.steps or math.ceil(args.epochs * len(self.videos) / self.videos_per_step)
-        self.peak_lr = args.lr * self.videos_per_step / 512
+        self.peak_lr = args.lr * self.videos_per_step / 512  # 512 videos, however many clips of each; fine-tuning counts clips
         self.save_every = args.save_every or math.ceil(self.steps / 20)
         self.dtype, self.precision_reason = choose_precision(args.amp, self.device)
         self.workers, self.workers_reason = choose_workers(args.workers, self.device, machine.ranks_here)
@@ -1109,10 +1046,14 @@ class Pretraining:
         return list_videos(self.args.data, self.machine.say)
 
     def make_model(self):
-        model_args = model_arguments(self.args)
-        model = build(model_args).to(self.device)
-        self.seen, self.hidden = count_tokens(model, self.args.strategy, self.args.mask_ratio)
-        return model_args, model
+        args, (height, width) = self.args, self.args.size
+        model_args = SIZES[args.model] | dict(frames=args.frames, height=height, width=width, patch=args.patch, target=args.target,
+                                              norm_pix=args.norm_pix, checkpointing=args.checkpointing)
+        model = build(model_args)
+        self.seen, self.hidden = count_tokens(model, args.strategy, args.mask_ratio)
+        if args.init:
+            load_weights(model, load_init(args.init)["model"], args.init)
+        return model_args, model.to(self.device)
 
     def parameter_groups(self):
         return decay_groups(self.model, self.args.weight_decay)
@@ -1142,19 +1083,15 @@ class Pretraining:
                     optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def resume(self):
-        """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed.
-        Returns whether there was one."""
+        """Go on from the newest good checkpoint in --out, the same one on every rank; stop if the arguments have changed."""
         path, content = find_checkpoint(self.out) if self.machine.rank == 0 else (None, None)
-        chosen = [path]
-        if self.machine.world > 1:
-            dist.broadcast_object_list(chosen)
-        if chosen[0] is None:
-            return False
-        if content is None:  # on the other ranks
-            content = read_checkpoint(chosen[0])
+        path = of_all_processes([path], self.machine)[0]  # the first one's
+        if path is None:
+            return
+        content = content or read_checkpoint(path)
         before, now = content.get("identity"), self.identity()
         if before is None or content.keys() != self.state().keys():
-            raise InputError(f"{chosen[0]} is no checkpoint of such a run; choose another --out")
+            raise InputError(f"{path} is no checkpoint of such a run; choose another --out")
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
         if changed:
             if content["world"] != self.machine.world:
@@ -1163,11 +1100,10 @@ class Pretraining:
             raise InputError(f"--out {self.out} holds a run with other arguments: {'; '.join(changed)}. "
                              "Go on with the old ones, or choose another --out")
         self.restore(content)
-        self.machine.say(f"going on from {chosen[0]} after step {self.step} of {self.steps}")
+        self.machine.say(f"going on from {path} after step {self.step} of {self.steps}")
         if content["world"] != self.machine.world:
             self.machine.say(f"{content['world']} process(es) before, {self.machine.world} now: the same videos in the same order, "
                              "but no longer bit for bit the same run")
-        return True
 
     def restore(self, content):
         self.model.load_state_dict(content["model"])
@@ -1190,10 +1126,9 @@ class Pretraining:
         args, machine = self.args, self.machine
         make_folder(self.out)
         self.lock = hold_folder(self.out) if machine.rank == 0 else None
-        if not self.resume():
-            self.begin()
+        self.resume()
         self.report()
-        stop = StopRequest(machine)
+        stop = StopRequest()
         if self.step < self.steps:
             self.sampler = StepSampler(range(self.step, self.steps), args.batch_size, args.accum, machine.rank, machine.world)
             self.expected = self.sampler.samples(self.step, 0)
@@ -1210,12 +1145,8 @@ class Pretraining:
         self.conclude()
         return 0
 
-    def begin(self):
-        if self.args.init:
-            load_weights(self.model, load_init(self.args.init), self.args.init)
-
     def conclude(self):
-        if not (self.out / "reconstruction.png").exists():
+        if not (self.out / "reconstruction.png").exists():  # killed between the last checkpoint and its pictures
             self.save()
         self.machine.say(f"done: {self.steps} steps; {self.out}/last.pt, log.jsonl, reconstruction.png and reconstruction.mp4")
 
@@ -1266,10 +1197,10 @@ class Pretraining:
                 self.idle = []  # (from, to) of the times in this step in which it waited for a batch
                 status = self.optimizer_step(model, step, stop)
                 end = self.idle_from = mark(self.device)
-                stopping = late is not None and self.finish(*late)  # looks at the step before, while this one runs
-                late, begin = (step, Late(status), begin, end, self.idle), end
+                stopping = late is not None and self.check_step(*late)  # looks at the step before, while this one runs
+                late, begin = (step, status, begin, end, self.idle), end
                 if stopping or (step + 1) % self.save_every == 0 or step + 1 == self.steps:
-                    stopping = self.finish(*late) or stopping  # nothing is saved before its steps were looked at
+                    stopping = self.check_step(*late) or stopping  # nothing is saved before its steps were looked at
                     late = None
                     self.step = step + 1
                     self.save()
@@ -1281,7 +1212,8 @@ class Pretraining:
             self.log.close()
 
     def optimizer_step(self, model, step, stop):
-        """All micro-batches of a step and the update. Returns, on the device: loss, gradient norm, not finite?, asked to stop?"""
+        """All micro-batches of a step and the update. Returns loss, gradient norm, not finite?, asked to stop? On a GPU they are on
+        their way still: `check_step` reads them a step later, when the mark behind this step is reached."""
         args, total = self.args, torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step) * group.get("scale", 1)
@@ -1302,7 +1234,7 @@ class Pretraining:
         if self.machine.world > 1:
             status[:2] /= self.machine.world  # the loss becomes the mean; the norm is the same everywhere, so the sum is the norm again
             dist.all_reduce(status)
-        return status
+        return status.to("cpu", non_blocking=True)
 
     def fetch(self, step, micro):
         """The next batch of the data workers, on the CPU."""
@@ -1321,9 +1253,10 @@ class Pretraining:
                              "training should get well below")
         return video, noise
 
-    def finish(self, step, late, begin, end, idle):
+    def check_step(self, step, status, begin, end, idle):
         """Look at a step's numbers: log them, stop everything if they are not finite. Returns whether to stop."""
-        (loss, norm, bad, asked), args, seconds = late.read(), self.args, elapsed(begin, end)
+        seconds = elapsed(begin, end)  # waits until the numbers are here
+        (loss, norm, bad, asked), args = status.tolist(), self.args
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
         row = dict(step=step + 1, epoch=(step + 1) * self.videos_per_step / len(self.videos),
                    loss=loss, lr=self.rate(step), grad_norm=norm, clips_per_s=self.videos_per_step * args.repeat / seconds,
@@ -1371,17 +1304,10 @@ def hold_folder(out):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
+    except BlockingIOError as error:
+        raise InputError(f"--out {out} is in use by another run; wait for it, or choose another folder") from error
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"--out {out} is in use by another run; wait for it, or choose another folder") from error
         raise InputError(f"--out {out} cannot be locked against other runs: {error.strerror}; choose a folder on another disk") from error
-
-
-def model_arguments(args):
-    """The constructor's arguments, as they travel in the checkpoint."""
-    height, width = args.size
-    return SIZES[args.model] | dict(frames=args.frames, height=height, width=width, patch=args.patch, target=args.target,
-                                    norm_pix=args.norm_pix, checkpointing=args.checkpointing)
 
 
 def build(model_args, kind=MaskedAutoencoder):
@@ -1400,15 +1326,12 @@ def count_tokens(model, strategy, mask_ratio):
     return keep.shape[1], hide.shape[1]
 
 
-def load_weights(model, content, path):
+def load_weights(model, weights, path):
     """Weights of a checkpoint of the same shapes; a difference is an error that names it."""
-    weights, own = content.get("model", {}), model.state_dict()
-    given, wanted = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (weights, own))
-    wrong = [f"{key} {given.get(key, 'missing')}, here {wanted.get(key, 'unknown')}"
-             for key in sorted(given.keys() | wanted.keys()) if given.get(key) != wanted.get(key)]
-    if wrong:
-        raise InputError(f"{path} does not fit this model, {len(wrong)} tensors differ: {'; '.join(wrong[:3])}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit this model: {' '.join(str(error).split())[:500]}") from error
 
 
 # ------------------------------------------------------------------------------------------- other commands
@@ -1420,14 +1343,14 @@ def reconstruct(args, machine):
         raise InputError("--reconstruct needs a trained model: give a checkpoint with --init")
     content = load_init(args.init)
     model = build(content["model_args"]).to(machine.device)
-    load_weights(model, content, args.init)
+    load_weights(model, content["model"], args.init)
     frames, *size = model.encoder.video_size
     paper = dict(mask_ratio=0.9, strategy="agnostic", stride=4)  # for a released checkpoint
     given = {key: getattr(args, key) for key in paper if getattr(args, key) is not None}
     settings = paper | content.get("identity", {}) | given
     ratio, strategy, stride = (settings[key] for key in paper)
     count_tokens(model, strategy, ratio)  # complains about a ratio that cannot be
-    clips = [RandomClip(random(args.seed, CLIP, 0, i), frames, stride) for i in range(4)]
+    clips = [RandomClip(generator_of(args.seed, CLIP, 0, i), frames, stride) for i in range(4)]
     try:
         video = read_clips(args.reconstruct, clips, tuple(size))  # (4, T, H, W, 3)
     except BadVideo as reason:
@@ -1513,7 +1436,7 @@ three_sizes = numbers((3,), "three sizes such as 2x16x16 (frames x height x widt
 
 # Without --data: a setting in which two CPU cores learn to see motion in three minutes. Flags given win over these.
 DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.5, norm_pix=False, steps=1500,
-            batch_size=8, repeat=4, lr=0.384, warmup=0.1, clip=1.0)
+            batch_size=8, repeat=4, lr=0.384, warmup=0.1, clip=1.0)  # 0.384 per 512 videos: 0.006
 
 
 def in_flags(settings):
@@ -1569,13 +1492,13 @@ def parse_arguments(argv=None):
     method.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="normalise each target patch")
     recipe.add_argument("--lr", type=positive, default=1.6e-3, help="learning rate per 512 videos a step; scaled linearly")
     recipe.add_argument("--warmup", type=between(0, 1), default=0.15, help="share of the steps (120 of 800 epochs)")
-    run.add_argument("--out", help="folder of the run; if it holds one, that one goes on (default: runs/pretrain, or runs/reconstruct)")
+    run.add_argument("--out", default="runs/pretrain", help="folder of the run; if it holds one, that one goes on")
     run.add_argument("--reconstruct", metavar="VIDEO", help="only show what --init makes of this video")
     run.add_argument("--check-data", action="store_true", help="only read every file of --data once and name the bad ones")
     parser.epilog = f"Without --data, to show that it works: {in_flags(DEMO)}."
     given = parser.parse_known_args(argv, argparse.Namespace(epochs=None))[0]  # None: --epochs was not given
     if given.reconstruct:  # the checkpoint knows better
-        parser.set_defaults(mask_ratio=None, strategy=None, stride=None)
+        parser.set_defaults(mask_ratio=None, strategy=None, stride=None, out="runs/reconstruct")
     elif given.data is None:
         parser.set_defaults(**DEMO | (dict(steps=None) if given.epochs else {}))
     return parser.parse_args(argv)
@@ -1604,11 +1527,9 @@ def main(argv=None):
     args = parse_arguments(argv)
     machine = start(args.device)
     complete(args, machine)
-    args.out = args.out or ("runs/reconstruct" if args.reconstruct else "runs/pretrain")
-    if args.data is None and not args.reconstruct:
-        args.data = f"{demo_videos(machine)}/train"
     if args.reconstruct:
         return reconstruct(args, machine)
+    args.data = args.data or f"{demo_videos(machine)}/train"
     if args.check_data:
         return check_data(args)
     return Pretraining(args, machine).run()
@@ -1618,22 +1539,25 @@ def run_script(main):
     """Run a script's main(). An InputError becomes one line; under torchrun it also lands in torchrun's own summary."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # the name of a file may be no text
+    status, said = 1, None
     try:
-        status = record(main)() if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
-    except BaseException as error:
-        end_workers()
-        status = 130 if isinstance(error, KeyboardInterrupt) else 1
-        if isinstance(error, KeyboardInterrupt):
-            said = "stopped by SIGINT"
-        elif isinstance(error, InputError):
-            said = f"error: {error}"
-        elif isinstance(error, torch.OutOfMemoryError):
-            said = (f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum "
-                    "by as much, or add --checkpointing; elsewhere choose a smaller --size")
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            said = f"error: {error.filename or 'the folder of the run'}: {error.strerror}; make room, then run the same command"
-        else:
+        try:
+            status = record(main)() if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
+        except BaseException:
+            end_workers()  # at once: with the last reference to the exception their loader would go, and wait for them
             raise
+    except KeyboardInterrupt:
+        status, said = 130, "stopped by SIGINT"
+    except InputError as error:
+        said = f"error: {error}"
+    except torch.OutOfMemoryError as error:
+        said = (f"error: out of GPU memory ({str(error).splitlines()[0]}); in training lower --batch-size and raise --accum "
+                "by as much, or add --checkpointing; elsewhere choose a smaller --size")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        said = f"error: {error.filename or 'the folder of the run'}: {error.strerror}; make room, then run the same command"
+    if said:
         print(said, file=sys.stderr)
     if dist.is_initialized() and status in (0, 130, 143):
         dist.destroy_process_group()
