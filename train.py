@@ -885,7 +885,6 @@ class StopRequest:
     def receive(self, number, _):
         self.signal = number
         if self.done:
-            sys.stdout.flush()
             self.end(f"stopped by {signal.Signals(number).name}; the steps are done and saved, "
                      "the same command goes on with what comes after them")
         if number == signal.SIGINT:
@@ -894,7 +893,10 @@ class StopRequest:
                 self.end("stopped by a second SIGINT, nothing saved since the last checkpoint")
 
     def end(self, reason):
+        with contextlib.suppress(RuntimeError):  # where the signal came in the middle of a print
+            sys.stdout.flush()
         os.write(2, f"\n{reason}\n".encode())
+        end_workers()
         os._exit(128 + self.signal)
 
 
