@@ -45,16 +45,16 @@ def block_macs(blocks, tokens, dim):
 def multiply_adds(model, visible, hidden, embedded, dense=False):
     """Forward multiply-adds of one clip in linear layers and attention: (encoder, decoder).
 
-    Tokens: visible to the encoder, which also sees the hidden ones if dense; hidden, to be decoded
-    and predicted; embedded as patches. With all patches embedded ViT-L takes 628.5 G dense and
-    81.6 G at 90 %. Table 1 has 627.5 and 81.0; without the last layer it would be 627.9 and 81.0.
+    visible: tokens of the encoder, which also sees the hidden ones if dense; hidden: tokens that
+    are decoded and predicted; embedded: patches that are embedded. With all of them ViT-L takes
+    628.5 G dense and 81.6 G at 90 %; Table 1, perhaps without the last layer, has 627.5 and 81.0.
     """
     seen, decoded = 1 + visible + dense * hidden, 1 + visible + hidden  # with the class token
     dim, decoder_dim = model.decoder_embed.in_features, model.decoder_embed.out_features
-    encoder = linear_weights(model.encoder.patch_embed) * embedded
-    encoder += block_macs(model.encoder.blocks, seen, dim)
-    decoder = linear_weights(model.decoder_embed) * seen
-    decoder += block_macs(model.decoder_blocks, decoded, decoder_dim)
+    encoder = block_macs(model.encoder.blocks, seen, dim)
+    decoder = block_macs(model.decoder_blocks, decoded, decoder_dim)
+    encoder += linear_weights(model.encoder.patch_embed) * embedded
+    decoder += linear_weights(model.decoder_embed) * seen
     return encoder, decoder + linear_weights(model.decoder_pred) * hidden
 
 def arithmetic(model, args):
@@ -144,19 +144,18 @@ def make_row(run, line):
     return argparse.Namespace(line=line, videos=videos, loss_of=loss_of, times=[], memory=None)
 
 def videos_that_fit(run, encoder_tokens):
-    """A power of two: half of a GPU's memory; on a CPU, the default table in one to two minutes.
+    """A power of two: half of a GPU's memory, or on a CPU 0.75 GB, which takes a minute or two.
     About 40 bytes per token, block and unit of width wait for the backward pass, 80 in float32."""
-    model = run.model
-    units = len(model.encoder.blocks) * model.decoder_embed.in_features * encoder_tokens
-    units += len(model.decoder_blocks) * model.decoder_pos_embed.numel()
-    kept = units * (40 if DTYPES[run.args.amp] else 80) * run.args.repeat
-    budget = 0.75e9
+    model, budget = run.model, 0.75e9
     if run.args.device == "cuda":
         budget = torch.cuda.get_device_properties(0).total_memory / 2
-    return 2 ** max(0, math.floor(math.log2(budget / kept)))
+    units = len(model.encoder.blocks) * model.decoder_embed.in_features * encoder_tokens
+    units += len(model.decoder_blocks) * model.decoder_pos_embed.numel()
+    clips = budget / (units * (40 if DTYPES[run.args.amp] else 80))
+    return 2 ** max(0, math.floor(math.log2(clips / run.args.repeat)))
 
 def step(run, row, video=None, noise=None):
-    """The step of `train.fit`: forward, backward, clipping, AdamW. Random video if none is given."""
+    """The step of `train.fit`: forward, backward, clipping, AdamW. By default on random video."""
     args, dtype = run.args, DTYPES[run.args.amp]
     if video is None:
         video = run.video[:row.videos * args.repeat]
@@ -292,11 +291,11 @@ def loading(args):
     torch.set_num_threads(threads)
     if not rows:
         raise InputError(f"--loader: none of the {len(chosen)} files tried can be read both ways")
-    heading = [f"{args.repeat} x ({args.frames} frames, stride {args.stride:g}) at {args.size[0]} x "
-               f"{args.size[1]} from each file, on one core; PyAV {av.__version__}; median of "
-               f"{args.rounds} rounds, both ways in turn. Straightforward: decode all, every frame "
-               "to RGB, index, crop, `F.interpolate`. Ratio: "
-               f"{median(row['ratio'] for row in rows):.2f}x, median over the files."]
+    clip = f"({args.frames} frames of {args.size[0]} x {args.size[1]}, stride {args.stride:g})"
+    ratio = median(row["ratio"] for row in rows)
+    heading = [f"{args.repeat} x {clip} from each file, on one core; PyAV {av.__version__}; median "
+               f"of {args.rounds} rounds, both ways in turn; in the median {ratio:.2f}x. "
+               "Straightforward: decode all, every frame to RGB, index, crop, `F.interpolate`."]
     return heading, LOADING, rows
 
 # ---------------------------------------------------------------------------- loading + computing
@@ -340,7 +339,6 @@ LOADED = {"load + compute, clips/s": "{load_compute_clips_per_s:.3g}",
           "waiting for data": "{data_wait:.0%}"}
 LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.1f}",
            "straightforward": "{straightforward_clips_per_s:.1f}", "ratio": "{ratio:.2f}x"}
-PAPER = {"predicted_speedup": 7.7, "speedup": 5.8, "load_compute_speedup": 4.1}  # Table 1
 
 def markdown(columns, rows):
     lines = [columns, ["---"] + ["--:"] * (len(columns) - 1)]
@@ -348,8 +346,7 @@ def markdown(columns, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def chart(rows):
-    """Speedup against masking ratio as SVG, in colours for light and dark pages. Rings: Table 1,
-    where the row of 90 % has the arithmetic of its ViT-L."""
+    """Speedup against masking ratio as SVG, in colours for light and dark pages."""
     rows = sorted((row for row in rows if not row["dense"]), key=lambda row: row["mask_ratio"])
     series = [("predicted", "predicted_speedup", "#888"), ("compute", "speedup", "#3584e4"),
               ("load + compute", "load_compute_speedup", "#e0701a")]
@@ -374,9 +371,6 @@ def chart(rows):
         out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
                    f'stroke-dasharray="{dashes}"/>')
         out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in zip(xs, ys)]
-        out += [f'<circle cx="{x}" cy="{y_of(PAPER[key])}" r="7" fill="none" stroke="{colour}"/>'
-                for x, row in zip(xs, rows)
-                if row["mask_ratio"] == 0.9 and round(row["gmacs_as_paper"], 1) == 81.6]
         text_y = max(text_y + 18, ys[-1] + 5)  # beside the last point, never on another text
         out.append(f'<text x="484" y="{text_y}" fill="{colour}">{name} {rows[-1][key]:.1f}x</text>')
     return "\n".join([*out, "</svg>", ""])
@@ -390,11 +384,10 @@ def describe(args, model):
     name = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if args.device == "cuda" else name
     video, patch = (" x ".join(map(str, size)) for size in (model.encoder.video_size, args.patch))
-    decoder = f"{model.decoder_embed.out_features} x {len(model.decoder_blocks)}"
-    part = "" if args.decode_ratio == 1 else f", {args.decode_ratio:g} of the hidden ones decoded"
     return (f"{name}; precision {args.amp}, {'' if args.compile else 'not '}compiled; torch "
-            f"{torch.__version__}. Model {args.model}, decoder {decoder}; video {video}, patch "
-            f"{patch}; {args.strategy} masks{part}.")
+            f"{torch.__version__}. Model {args.model}, decoder {model.decoder_embed.out_features} "
+            f"x {len(model.decoder_blocks)}; video {video}, patch {patch}; {args.strategy} masks, "
+            f"{args.decode_ratio:g} of the hidden tokens decoded.")
 
 def flops(args):
     """--flops: heading, columns and rows."""

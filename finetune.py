@@ -5,9 +5,6 @@
     torchrun --nproc_per_node=8 finetune.py --data train.csv --val val.csv --init pretrained.pyth
     python finetune.py --eval --val val.csv --init runs/finetune/last.pt
     python finetune.py --predict clip.mp4
-
-From top to bottom: clips and views, augmentation on the device, labels, the model, evaluation, the
-run, other commands, flags.
 """
 import argparse
 import inspect
@@ -15,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -60,8 +58,7 @@ class View:
         self.i, self.j, (self.K, self.S), self.args = i, j, views, args
 
     def times(self, seconds):
-        """(T,). Clip i starts at frame i * floor((frames - span) / (K - 1)), as in the paper code,
-        a frame being 1/30 s."""
+        """(T,). Clip i starts at frame i * floor((frames - span) / (K - 1)), each 1/30 s."""
         offsets = np.arange(self.args.frames)
         if self.args.sampling == "segments":
             return frames_at((offsets + (self.i + 0.5) / self.K) / len(offsets), seconds)
@@ -206,9 +203,8 @@ def erase(video, holes):
 def mix(video, targets, rng, mixup, cutmix):
     """Mix clip b of the batch with clip B - 1 - b: video (B, 3, T, H, W), targets (B, classes).
 
-    mixup (arXiv 1710.09412) adds the two, cutmix (1905.04899) puts a box of one into the other, the
-    same in all frames; where both are asked for, even odds decide. The targets are mixed in the
-    proportion of what is seen.
+    mixup (arXiv 1710.09412) adds the two, cutmix (1905.04899) puts a box of one into the other;
+    where both are asked for, even odds decide. Targets are mixed in the proportion that is seen.
     """
     if not mixup and not cutmix:
         return video, targets
@@ -227,8 +223,8 @@ def mix(video, targets, rng, mixup, cutmix):
 
 @torch.no_grad()
 def augment(batch, args, classes):
-    """A batch of `VideoClips` -> clips (B, 3, T, H, W), normalised, and targets (B, classes). What
-    happens to a clip follows from its sample number, what happens to the batch from the first."""
+    """A batch of `VideoClips` -> clips (B, 3, T, H, W), normalised, and targets (B, classes). All
+    that is drawn for a clip follows from its sample number, and for the batch from its first."""
     samples, video = batch["sample"], batch["video"]
     rng = rng_of(args.seed, MIX, samples[0])
     torch.manual_seed(int(rng.integers(2**62)))  # of erasing, drop path and dropout
@@ -258,8 +254,8 @@ def class_names(labels, where):
     if os.path.isdir(where) or not any(re.fullmatch(r"[-+]?\d*\.?\d+", name) for name in names):
         return names
     if wrong := [name for name in names if not name.isdecimal() or int(name) >= 100_000]:
-        raise InputError(f"{where}: label {wrong[0]!r} is no whole number from 0 to 99999, and others "
-                         "are numbers; number all classes, or name them all")
+        raise InputError(f"{where}: label {wrong[0]!r} is no whole number from 0 to 99999, and "
+                         "others are numbers; number all classes, or name them all")
     return [str(number) for number in range(1 + max(map(int, names)))]
 
 def label_numbers(labels, classes, where):
@@ -287,9 +283,9 @@ def find_data(args, classes=None):
         data.val, labels = labelled(args.val)
         data.val_labels = label_numbers(labels, data.classes, args.val)
     elif args.data:
-        root = args.data if os.path.isdir(args.data) else os.path.dirname(os.path.abspath(args.data))
-        out = np.array([zlib.crc32(os.path.relpath(path, os.fsencode(root))) % 10 == 0
-                        for path in paths])
+        root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data) or "."
+        names = [os.path.relpath(path, os.fsencode(root)) for path in paths]
+        out = np.array([zlib.crc32(name) % 10 == 0 for name in names])
         if out.all() or not out.any():
             raise InputError(f"--data {args.data}: a tenth of {len(paths)} videos, by a hash of "
                              f"their paths, is {out.sum()} for validation; give --val")
@@ -337,33 +333,29 @@ def take_weights(model, content, path, new_head):
 
 def trained_classifier(args, content):
     """The classifier of a fine-tuned checkpoint and its class names, for evaluation."""
-    head = content["model"].get("head.weight")
-    if head is None:
+    if "head.weight" not in content["model"]:
         raise InputError(f"--init {args.init} has no head: it is pre-trained, not fine-tuned")
+    classes = content.get("classes") or [str(i) for i in range(len(content["model"]["head.bias"]))]
     batch_norm = content["model_args"].get("batch_norm", False)
-    _, model = make_classifier(args, content, len(head), batch_norm)
+    _, model = make_classifier(args, content, len(classes), batch_norm)
     take_weights(model, content, args.init, new_head=False)
-    classes = content.get("classes") or [str(i) for i in range(len(head))]
     return model.to(args.device).eval(), classes
 
 # ------------------------------------------------------------------------------------- evaluation
 
 def for_each_video(compute, paths, views, args):
     """compute(clips (B * V, 3, T, H, W)) -> (B * V, n); its mean over the V views of each video:
-    (videos, n), NaN where a video is unreadable. Groups of videos are dealt to the processes, and
-    their numbers do not depend on how many processes there are."""
+    (videos, n), NaN where unreadable, whatever the number of processes that share the work."""
     V, n, parts, group = views[0] * views[1], len(paths), [], []
     together = max(1, 32 // V)  # 32 clips in one forward pass
     groups = [list(range(first, min(first + together, n))) for first in range(0, n, together)]
     groups, dataset = groups[args.rank::args.world], VideoViews(paths, views, args)
-    batches = iter(loader(dataset, args, batch_sampler=groups, collate_fn=collate,
-                          pin_memory=args.device == "cuda"))
+    batches = iter(loader(dataset, args, batch_sampler=groups, collate_fn=collate))
     dtype = DTYPES[args.amp]
     with data_errors(lambda: map(dataset.name, group)), torch.inference_mode():
         for group in tqdm(groups, desc="evaluation", disable=args.rank > 0, leave=False):
             batch = next(batches)
-            clips, good = (batch[key].to(args.device, non_blocking=True)
-                           for key in ("video", "good"))
+            clips, good = (batch[key].to(args.device) for key in ("video", "good"))
             with torch.autocast(args.device, dtype, enabled=dtype is not None):
                 rows = compute(clips.permute(0, 4, 1, 2, 3))  # (B * V, n)
             rows = rows.float().unflatten(0, (-1, V)).mean(1)  # (B, n)
@@ -395,7 +387,8 @@ def accuracy(scores, labels, views):
     rank = ranks(scores, labels)
     top1, top5 = (100 * float((rank < k).mean()) for k in (1, 5))
     views = f"{views[0]}x{views[1]}"
-    print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(rank)} videos, {views} views of each")
+    tqdm.write(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(rank)} videos, {views} views each",
+               sys.stdout)
     return dict(views=views, val_acc1=top1, val_acc5=top5, videos=len(rank))
 
 def write_predictions(out, scores, data):
@@ -415,9 +408,8 @@ def fine_tune(args, data, content):
     torch.manual_seed(args.seed)
     model_args, model = make_classifier(args, content, len(data.classes), batch_norm=args.probe)
     if content and not args.scratch:
-        same = (content.get("classes") == data.classes
-                and content["model_args"].get("batch_norm", False) == args.probe)
-        take_weights(model, content, args.init, new_head=not same)
+        before = content.get("classes"), content["model_args"].get("batch_norm", False)
+        take_weights(model, content, args.init, new_head=before != (data.classes, args.probe))
     model.encoder.requires_grad_(not args.probe)
     model.to(args.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -498,8 +490,7 @@ def predict(args, content):
 
 def export_features(args, content):
     """--features: what the head sees of every video, the mean over the views; NaN if unreadable."""
-    folder = os.path.dirname(os.path.abspath(args.features))
-    if not os.access(folder, os.W_OK) or os.path.isdir(args.features):  # before hours are spent
+    if not os.access(Path(args.features).parent, os.W_OK) or os.path.isdir(args.features):
         raise InputError(f"--features {args.features} cannot be written; give a file in a folder")
     data = find_data(args, content.get("classes"))
     _, model = make_classifier(args, content, len(data.classes))
@@ -580,9 +571,8 @@ def fill_in(args, content):
     known = dict(SHAPE)
     if content:
         kept, trained = content["model_args"], content.get("identity", {})
-        size = [kept.get(key) for key in ("dim", "depth", "heads")]
-        name = next((name for name, args_of in SIZES.items()
-                     if [args_of[key] for key in ("dim", "depth", "heads")] == size), None)
+        name = next((name for name, size in SIZES.items() if all(
+            kept.get(key) == size[key] for key in ("dim", "depth", "heads"))), None)
         known |= dict(model=name, frames=kept["frames"], size=(kept["height"], kept["width"]),
                       patch=tuple(kept["patch"]))
         known |= {key: trained[key] for key in ("stride", "sampling") if key in trained}
@@ -601,8 +591,8 @@ def fill_in(args, content):
 def main(argv=None):
     args = parse_arguments(argv)
     if not args.init and (args.features or not args.scratch):
-        raise InputError("no checkpoint: give one with --init" + (
-            "" if args.features else ", or train without pre-training with --scratch"))
+        scratch = "" if args.features else ", or train without pre-training with --scratch"
+        raise InputError(f"no checkpoint: give one with --init{scratch}")
     setup(args)
     content = load_init(args.init) if args.init else None
     fill_in(args, content)

@@ -1602,3 +1602,858 @@ def test_on_a_gpu_a_resumed_run_is_the_same_run(some_videos, tmp_path):
     (tmp_path / "parts" / "last-1.pt").replace(tmp_path / "parts" / "last.pt")  # back to step 2
     train.main(command(tmp_path / "parts"))
     assert_same_run(tmp_path / "whole", tmp_path / "parts", tolerance=1e-5)
+
+# ---------------------------------------------------------------------------- released checkpoints
+
+def block_shapes(prefix, dim, depth, apart):
+    """Shapes of transformer blocks as the releases name them; q, k and v apart or in one."""
+    block = {"norm1.weight": (dim,), "norm1.bias": (dim,), "norm2.weight": (dim,),
+             "norm2.bias": (dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
+             "mlp.fc1.weight": (4 * dim, dim), "mlp.fc1.bias": (4 * dim,),
+             "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}
+    for name, rows in dict(q=dim, k=dim, v=dim).items() if apart else [("qkv", 3 * dim)]:
+        block |= {f"attn.{name}.weight": (rows, dim), f"attn.{name}.bias": (rows,)}
+    return {f"{prefix}{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+
+def released(code, apart=True, head=None, dim=128, width=64):
+    """A checkpoint in the layout of the paper's code ("paper") or of mae_st, for 4 x 32 x 32 pixels
+    in patches of 2 x 16 x 16, with random weights."""
+    torch.manual_seed(0)
+    shapes = {"cls_token": (1, 1, dim), "pos_embed_class": (1, 1, dim),
+              "pos_embed_spatial": (1, 4, dim), "pos_embed_temporal": (1, 2, dim),
+              "patch_embed.proj.weight": (dim, 3, 2, 16, 16), "patch_embed.proj.bias": (dim,),
+              "norm.weight": (dim,), "norm.bias": (dim,)} | block_shapes("blocks.", dim, 2, apart)
+    decoder = {"decoder_embed.weight": (width, dim), "decoder_embed.bias": (width,),
+               "mask_token": (1, 1, width)}
+    paper = "pred_head.transforms.0."
+    if head:
+        name = "head.projection." if code == "paper" else "head."
+        shapes |= {name + "weight": (head, dim), name + "bias": (head,)}
+    elif code == "paper":
+        shapes |= decoder | block_shapes(paper, width, 4, apart) | {
+            "decoder_pos_embed": (1, 9, width), paper + "4.weight": (width,),
+            paper + "4.bias": (width,), "pred_head.projections.0.weight": (768, width),
+            "pred_head.projections.0.bias": (768,)}
+    else:
+        shapes |= decoder | block_shapes("decoder_blocks.", width, 4, apart) | {
+            "decoder_pos_embed_class": (1, 1, width), "decoder_pos_embed_spatial": (1, 4, width),
+            "decoder_pos_embed_temporal": (1, 2, width), "decoder_cls_token": (1, 1, width),
+            "decoder_norm.weight": (width,), "decoder_norm.bias": (width,),
+            "decoder_pred.weight": (768, width), "decoder_pred.bias": (768,)}
+    weights = {name: torch.randn(shape) * (0.02 if "patch" in name else 0.1)
+               for name, shape in shapes.items()}
+    if code == "paper":
+        return dict(model_state=weights, cfg="text", epoch=1)
+    return dict(model=weights, args=argparse.Namespace(lr=1e-3), epoch=1)
+
+def plain_released_blocks(weights, prefix, depth, x, heads):
+    """The blocks of a released checkpoint on one clip's tokens (N, D), from its tensors alone."""
+    for i in range(depth):
+        start = f"{prefix}{i}."
+        w = {name[len(start):]: x for name, x in weights.items() if name.startswith(start)}
+        for kind in ("weight", "bias"):
+            if f"attn.q.{kind}" in w:
+                w[f"attn.qkv.{kind}"] = torch.cat([w[f"attn.{part}.{kind}"] for part in "qkv"])
+        pair = lambda name: types.SimpleNamespace(
+            weight=w[name + ".weight"], bias=w[name + ".bias"])
+        x = plain_block(types.SimpleNamespace(
+            norm1=pair("norm1"), norm2=pair("norm2"),
+            attn=types.SimpleNamespace(heads=heads, qkv=pair("attn.qkv"), proj=pair("attn.proj")),
+            mlp=types.SimpleNamespace(fc1=pair("mlp.fc1"), fc2=pair("mlp.fc2"))), x)
+    return x
+
+def plain_released_encoder(weights, video, keep):
+    """One clip (3, T, H, W), normalised -> class token and tokens in keep, before the last norm."""
+    x = F.conv3d(video[None], weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"],
+                 stride=(2, 16, 16))[0].flatten(1).T  # (N, D)
+    times, places = weights["pos_embed_temporal"][0], weights["pos_embed_spatial"][0]
+    x = x + (times[:, None] + places).flatten(0, 1)
+    x = torch.cat([weights["cls_token"][0] + weights["pos_embed_class"][0], x[keep]])
+    return plain_released_blocks(weights, "blocks.", 2, x, 2)
+
+def norm_of(x, weights, name):
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+def linear_of(x, weights, name):
+    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_released_pretrained_checkpoint_reconstructs_as_computed_from_its_tensors(
+        apart, some_videos, tmp_path):
+    torch.save(released("paper", apart), tmp_path / "released.pyth")
+    content = train.load_init(tmp_path / "released.pyth")
+    weights = released("paper", apart)["model_state"]
+    model = train.build(MaskedAutoencoder, content["model_args"], content["model"], "released.pyth")
+    video, noise = torch.randn(1, 3, 4, 32, 32), torch.rand(1, 2, 2, 2)
+    keep, hide = random_masking(noise, (2, 2, 2), 0.7)
+    latent = norm_of(plain_released_encoder(weights, video[0], keep[0]), weights, "norm")
+    full = weights["mask_token"][0].repeat(9, 1)
+    full[torch.cat([torch.zeros(1, dtype=torch.long), 1 + keep[0]])] = linear_of(
+        latent, weights, "decoder_embed")
+    full = full + weights["decoder_pos_embed"][0]
+    full = plain_released_blocks(weights, "pred_head.transforms.0.", 4, full, 1)
+    full = norm_of(full, weights, "pred_head.transforms.0.4")
+    expected = linear_of(full, weights, "pred_head.projections.0")[1 + hide[0]]
+    latent = model.encoder.norm(model.encoder(patchify(video, (2, 16, 16)), keep))
+    assert_close(model.decode(latent, keep, hide)[0], expected, 1e-4, "prediction")
+    train.main(["--reconstruct", f"{some_videos}/0.mp4", "--init", f"{tmp_path}/released.pyth",
+                "--out", f"{tmp_path}/show", "--device", "cpu"])
+    assert (tmp_path / "show" / "reconstruction.png").exists()
+
+def finetune_arguments(*words):
+    args = finetune.parse_arguments(list(map(str, words)))
+    train.setup(args)
+    return args
+
+@pytest.mark.parametrize("code", ["paper", "mae_st"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_released_classifier_scores_as_computed_from_its_tensors(code, apart, tmp_path):
+    torch.save(released(code, apart, head=5), tmp_path / "released.pyth")
+    args = finetune_arguments("--eval", "--val", "x", "--init", tmp_path / "released.pyth")
+    content = train.load_init(args.init)
+    finetune.fill_in(args, content)
+    model, classes = finetune.trained_classifier(args, content)
+    weights = next(x for x in released(code, apart, head=5).values() if isinstance(x, dict))
+    video = torch.randn(1, 3, 4, 32, 32)
+    pooled = plain_released_encoder(weights, video[0], torch.arange(8))[1:].mean(0)
+    expected = linear_of(norm_of(pooled, weights, "norm"), weights,
+                         "head.projection" if code == "paper" else "head")
+    assert_close(model(video)[0], expected, 1e-4, code)
+    assert classes == ["0", "1", "2", "3", "4"]
+    model = mae_st.Classifier(**content["model_args"])  # with nothing but mae_st.py
+    model.load_state_dict(content["model"])
+    assert_close(model.eval()(video)[0], expected, 1e-4, code)
+
+def test_of_mae_sts_pretrained_checkpoint_the_encoder_is_taken_and_the_decoder_left_out(
+        some_videos, tmp_path, capsys):
+    torch.save(released("mae_st"), tmp_path / "released.pth")
+    content, weights = train.load_init(tmp_path / "released.pth"), released("mae_st")["model"]
+    model = mae_st.Classifier(**content["model_args"], classes=3)
+    finetune.take_weights(model, content, "released.pth", True)
+    out = capsys.readouterr().out
+    assert "a new head; left out: decoder_blocks, decoder_cls_token, decoder_embed" in out
+    video = torch.randn(1, 3, 4, 32, 32)
+    pooled = plain_released_encoder(weights, video[0], torch.arange(8))[1:].mean(0)
+    assert_close(model.pooled(video)[0], norm_of(pooled, weights, "norm"), 1e-4, "pooled")
+    with pytest.raises(train.InputError, match="decoder"):
+        train.main(["--reconstruct", f"{some_videos}/0.mp4", "--init", f"{tmp_path}/released.pth",
+                    "--out", f"{tmp_path}/show", "--device", "cpu"])
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.proj.weight", "blocks.0.attn.k.bias",
+                                  "blocks.1.mlp.fc2.bias", "norm.weight", "pos_embed_class",
+                                  "patch_embed.proj.bias", "patch_embed.proj.weight",
+                                  "pos_embed_temporal"])
+@pytest.mark.parametrize("change", ["another name", "another shape", "one more"])
+def test_a_tensor_that_is_not_as_expected_is_an_error_that_names_it(name, change, tmp_path):
+    content = released("paper")
+    weights = content["model_state"]
+    if change == "another name":
+        weights[name + "x"] = weights.pop(name)
+    elif change == "another shape":
+        weights[name] = torch.cat([weights[name]] * 2, dim=-1)
+    else:
+        weights["surprise." + name] = weights[name]
+    torch.save(content, tmp_path / "released.pyth")
+    with pytest.raises(train.InputError) as caught:
+        loaded = train.load_init(tmp_path / "released.pyth")
+        args = finetune_arguments("--data", "x", "--init", "released.pyth", "--size", 32)
+        finetune.fill_in(args, loaded)
+        _, model = finetune.make_classifier(args, loaded, 3)
+        finetune.take_weights(model, loaded, "released.pyth", True)
+    names = name, mae_st.our_name(name), mae_st.our_name(name).replace(".k.", ".qkv.")
+    assert any(name in str(caught.value) for name in names), caught.value
+    assert "\n" not in str(caught.value)
+
+@pytest.mark.parametrize("content, problem", [
+    ({"model": 3}, "no tensors"), ({"model_state": {"epoch": 3}}, "no tensors"),
+    ({"weights": {}}, "no tensors"), ({"model": {3: torch.zeros(1)}}, "no tensors"),
+    ({"model": {"a": torch.tensor([1, math.inf])}}, "a holds numbers that are not finite"),
+    ({"model": {"patch_embed.proj.weight": torch.zeros(8, 1, 2, 16, 16)}}, "is not .D, 3, u, p, p"),
+    ({"model": {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 16, 8)}}, "is not .D, 3, u, p, p")])
+def test_a_file_without_weights_of_ours_or_of_the_codes_says_what_is_missing(content, problem):
+    with pytest.raises(ValueError, match=problem):
+        mae_st.from_released(content)
+
+def test_positions_are_interpolated_linearly_in_time_and_bicubically_in_space():
+    torch.manual_seed(0)
+    time, space = "encoder.pos_embed_temporal", "encoder.pos_embed_spatial"
+    table = {time: torch.randn(4, 3), space: torch.randn(15, 3)}
+    other = mae_st.interpolate_pos_embed(table, (4, 3, 5), (6, 3, 5))
+    at = (np.arange(6) + 0.5) * 4 / 6 - 0.5  # centres of the new slices, counted in old ones
+    for d in range(3):
+        expected = np.interp(at, np.arange(4), table[time][:, d]).astype(np.float32)
+        assert_close(other[time][:, d], expected, 1e-6, "time")
+    assert torch.equal(other[space], table[space])
+    grid = table[space].view(3, 5, 3)
+    other = mae_st.interpolate_pos_embed(table, (4, 3, 5), (4, 6, 4))[space].view(6, 4, 3)
+
+    def weight(x):  # the cubic kernel with a = -0.75
+        x = abs(x)
+        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        return near if x <= 1 else far if x < 2 else 0.0
+
+    for i, j in np.ndindex(6, 4):
+        y, x = (i + 0.5) * 3 / 6 - 0.5, (j + 0.5) * 5 / 4 - 0.5
+        expected = sum(weight(y - a) * weight(x - b) * grid[min(max(a, 0), 2), min(max(b, 0), 4)]
+                       for a in range(-2, 6) for b in range(-2, 8))
+        assert_close(other[i, j], expected, 1e-5, f"place {i}, {j}")
+
+# ------------------------------------------------------------------------- parts of the fine-tuning
+
+def test_the_classifier_is_a_linear_layer_on_the_norm_of_the_mean_patch_token():
+    torch.manual_seed(0)
+    model = mae_st.Classifier(classes=7, dropout=0.5, **ENCODER).eval()
+    torch.nn.init.normal_(model.head.weight)
+    video = torch.randint(0, 256, (2, 3, 4, 12, 20), dtype=torch.uint8)
+    tokens = model.encoder(model.encoder.patchify(video))
+    for b in range(2):
+        pooled = plain_norm(tokens[b, 1:].mean(0), model.encoder.norm)
+        assert_close(model(video)[b], model.head.weight @ pooled + model.head.bias, 1e-5, "scores")
+    probe = mae_st.Classifier(classes=7, batch_norm=True, **ENCODER)
+    probe.load_state_dict(model.state_dict(), strict=False)
+    x = probe.pooled(video)
+    x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
+    assert_close(probe(video), F.linear(x, probe.head.weight, probe.head.bias), 1e-4, "probe")
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0), (0.0, 0.0)])
+def test_mixed_targets_are_in_the_proportion_of_what_is_seen(mixup, cutmix):
+    shares, colours = [], torch.tensor([-1.0, 0.5, 2.0])
+    for seed in range(200):
+        video = colours[:, None, None, None, None].expand(3, 3, 2, 10, 14).clone()
+        targets, rng = torch.eye(4)[:3], np.random.default_rng(seed)
+        mixed, result = finetune.mix(video, targets, rng, mixup, cutmix)
+        partner = colours.flip(0)
+        share = float((mixed[0, 0, 0].mean() - partner[0]) / (colours[0] - partner[0]))
+        shares.append(share)
+        for b in range(3):
+            seen = share * colours[b] + (1 - share) * partner[b]
+            assert_close(mixed[b].mean(), seen, 1e-4, "mean colour")
+            assert_close(result[b], share * targets[b] + (1 - share) * targets[2 - b], 1e-4)
+            assert torch.equal(mixed[b], mixed[b, :1, :1].expand_as(mixed[b])), "frames alike"
+        if mixup == 0:
+            assert mixed[0].unique().numel() <= 2
+    if mixup or cutmix:
+        assert 0.4 < np.mean(shares) < (0.75 if cutmix else 0.6)
+        assert min(shares) < 0.1 and max(shares) > 0.9
+    else:
+        assert_close(np.array(shares), np.ones(200), 1e-5, "nothing is mixed")
+
+def plain_operation(name, x, m):
+    """An operation of RandAugment on one clip (3, T, H, W) of whole numbers, pixel by pixel."""
+    C, T, H, W = x.shape
+    level, factor, out = abs(m), max(0.1, 1 + 0.9 * m), np.zeros(x.shape)
+    grey = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]
+    my, mx, angle = (H - 1) / 2, (W - 1) / 2, math.radians(30 * m)
+    cos, sin = math.cos(angle), math.sin(angle)
+    source = {"rotate": lambda i, j: (mx + cos * (j - mx) + sin * (i - my),
+                                      my - sin * (j - mx) + cos * (i - my)),
+              "shear_x": lambda i, j: (j + 0.3 * m * (i + 0.5), i),
+              "shear_y": lambda i, j: (j, i + 0.3 * m * (j + 0.5)),
+              "translate_x": lambda i, j: (j + 0.45 * m * W, i),
+              "translate_y": lambda i, j: (j, i + 0.45 * m * H)}.get(name)
+
+    def pixel(c, t, i, j):
+        return float(x[c, t, i, j]) if 0 <= i < H and 0 <= j < W else 115.0
+
+    for c, t, i, j in np.ndindex(x.shape):
+        v = float(x[c, t, i, j])
+        if source:
+            sx, sy = source(i, j)
+            top, left = math.floor(sy), math.floor(sx)
+            v = sum((1 - abs(sy - a)) * (1 - abs(sx - b)) * pixel(c, t, a, b)
+                    for a in (top, top + 1) for b in (left, left + 1))
+        elif name == "auto_contrast":
+            v = (v - x[c].min()) * 255 / (x[c].max() - x[c].min())
+        elif name == "equalize":
+            counts = np.bincount(x[c].flatten(), minlength=256)
+            step = (counts.sum() - counts[np.nonzero(counts)[0][-1]]) // 255
+            v = min(255, (step // 2 + counts[:int(v)].sum()) // step) if step else v
+        elif name == "invert":
+            v = 255 - v
+        elif name == "posterize":
+            v = int(v) & ~(2 ** (4 + int(4 * level)) - 1)
+        elif name == "solarize":
+            v = v if v < 256 - int(256 * level) else 255 - v
+        elif name == "solarize_add":
+            v = v + int(110 * level) if v < 128 else v
+        elif name == "sharpness":
+            if 0 < i < H - 1 and 0 < j < W - 1:
+                smooth = (x[c, t, i - 1:i + 2, j - 1:j + 2].sum() + 4 * v) / 13
+                v = smooth + factor * (v - smooth)
+        else:
+            base = {"color": grey[t, i, j], "contrast": round(float(grey.mean())), "brightness": 0}
+            v = base[name] + factor * (v - base[name])
+        out[c, t, i, j] = min(max(v, 0), 255)
+    return out
+
+@pytest.mark.parametrize("name", finetune.OPERATIONS)
+def test_each_operation_of_randaugment_equals_a_plain_loop_and_is_the_same_in_every_frame(name):
+    rng = np.random.default_rng(0)
+    for m in (0.7, -0.55):
+        video = torch.from_numpy(rng.integers(20, 230, (3, 3, 2, 9, 12), dtype=np.uint8))
+        video[1] = video[1, :, :1]  # a still clip stays still
+        before = video.clone()
+        finetune.rand_augment(video, [[(name, m), None], [None, (name, m)], [None, None]])
+        for b in (0, 1):  # to whole numbers, of 255, and what floor(110 m) of a float32 is
+            expected = plain_operation(name, before[b].numpy().astype(int), float(torch.tensor(m)))
+            assert_close(video[b].double(), expected, 1, f"{name} {m}")
+        assert torch.equal(video[1, :, 0], video[1, :, 1]) and torch.equal(video[2], before[2])
+
+def test_in_a_batch_each_clip_gets_what_was_drawn_for_it():
+    rng = np.random.default_rng(0)
+    names = [*finetune.OPERATIONS, None]
+    drawn = [[(names[i], rng.uniform(-1, 1)) if names[i] else None
+              for i in rng.integers(len(names), size=2)] for _ in range(40)]
+    video = torch.from_numpy(rng.integers(0, 256, (40, 3, 2, 9, 12), dtype=np.uint8))
+    alone = [video[b:b + 1].clone() for b in range(40)]
+    for clip, operations in zip(alone, drawn):
+        finetune.rand_augment(clip, [operations])
+    finetune.rand_augment(video, drawn)
+    assert_close(video.double(), torch.cat(alone).double(), 1, "of 255, clips")
+
+def test_randaugment_draws_every_operation_half_of_the_time_with_the_magnitude_asked_for():
+    drawn = [operation for seed in range(3000)
+             for operation in finetune.draw_operations(np.random.default_rng(seed), 7)]
+    applied = [operation for operation in drawn if operation]
+    assert abs(len(applied) / len(drawn) - 0.5) < 0.03
+    counts = Counter(name for name, _ in applied)
+    assert len(counts) == 15 and min(counts.values()) > 0.7 * len(applied) / 15
+    m = np.array([m for _, m in applied])
+    assert_close([abs(m).mean(), abs(m).std(), (m > 0).mean()], [0.7, 0.05, 0.5], 0.03, "m")
+
+def test_holes_are_noise_of_the_right_size_the_same_in_every_frame():
+    holes = [finetune.draw_hole(np.random.default_rng(s), 0.25, 40, 60) for s in range(2000)]
+    assert abs(sum(hole is not None for hole in holes) / 2000 - 0.25) < 0.04
+    holes = [finetune.draw_hole(np.random.default_rng(s), 1, 400, 600) for s in range(2000)]
+    top, bottom, left, right = np.array(holes).T
+    h, w = bottom - top, right - left
+    for numbers, low, high, margin in (
+            (h * w / 240_000, 0.02, 1 / 3, 0.01), (np.log(h / w), -1.2, 1.2, 0.1),  # log 0.3
+            (top, 0, 400, 100), (left, 0, 600, 150), (bottom, 0, 400, 100), (right, 0, 600, 150)):
+        assert low - 0.02 <= numbers.min() < low + margin, numbers.min()
+        assert high - margin < numbers.max() <= high + 0.02, numbers.max()
+    video = torch.zeros(2, 3, 4, 40, 60)
+    finetune.erase(video, [None, (10, 30, 20, 50)])
+    hole = video[1, :, :, 10:30, 20:50]
+    assert (video[0] == 0).all() and (video[1] != 0).sum() == (hole != 0).sum() == 3 * 4 * 20 * 30
+    assert torch.equal(hole, hole[:, :1].expand_as(hole)) and abs(hole[:, 0].std() - 1) < 0.1
+
+def view_of(i, j, views, sampling="clip", frames=16, size=(224, 224)):
+    args = argparse.Namespace(frames=frames, stride=4, size=size, sampling=sampling)
+    return finetune.View(i, j, views, args)
+
+def test_views_lie_where_the_formula_says():
+    for K, S in ((7, 3), (1, 1), (2, 1), (5, 2)):
+        for i in range(K):  # at 30 frames a second; 16 frames, stride 4: the last is 60 later
+            for frames in (300, 61, 30, 100):
+                room = max(0, frames - 1 - 60)
+                start = i * math.floor(room / (K - 1)) if K > 1 else room // 2
+                times = view_of(i, 0, (K, S)).times(np.arange(frames) / 30)
+                assert_close(times * 30, start + 4 * np.arange(16), 1e-9, f"clip {i} of {K}")
+        for j in range(S):
+            for width, height, (H, W) in ((340, 256, (224, 224)), (256, 340, (224, 224)),
+                                          (224, 224, (224, 224)), (320, 240, (96, 160))):
+                view = view_of(0, j, (K, S), size=(H, W))
+                (x, y, w, h), flip = view.box(width, height)
+                assert not flip and max(w, h) == 1
+                assert w * width / (h * height) == pytest.approx(W / H)
+                place = j / (S - 1) if S > 1 else 0.5
+                assert (x, y) == pytest.approx(((1 - w) * place, (1 - h) * place))
+
+def test_segments_give_one_frame_of_each_equal_part():
+    seconds = np.arange(40) / 8 + np.sin(np.arange(40)) / 20  # uneven; five to each of eight parts
+    drawn = [finetune.SegmentClip(np.random.default_rng(seed), 8, 4, (0.5, 1), False).times(seconds)
+             for seed in range(200)]
+    for i in range(8):
+        assert {times[i] for times in drawn} == set(seconds[5 * i:5 * i + 5]), f"part {i}"
+    for k in range(5):
+        times = view_of(k, 1, (5, 3), "segments", frames=8).times(seconds)
+        assert_close(times, seconds[k::5], 1e-9, f"view {k} of 5")
+
+def test_accuracy_counts_an_unreadable_video_as_wrong():
+    scores = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [np.nan] * 3, [0.2, 0.5, 0.3]], np.float32)
+    assert finetune.ranks(scores, [0, 1, 0, 2])[[0, 1, 3]].tolist() == [0, 2, 1]
+    row = finetune.accuracy(scores, [0, 1, 0, 2], (1, 1))
+    assert row == dict(views="1x1", val_acc1=25.0, val_acc5=75.0, videos=4)
+
+def test_labels_are_the_folders_names_or_the_lists_numbers_or_names():
+    assert finetune.class_names(["cat", "a dog", "cat"], "list.txt") == ["a dog", "cat"]
+    assert finetune.class_names(["10", "2", "2"], "list.txt") == [str(i) for i in range(11)]
+    numbers = finetune.label_numbers(["1", "00", "2"], ["0", "1", "2"], "list.txt")
+    assert numbers.tolist() == [1, 0, 2]
+
+def test_without_val_a_tenth_is_held_out_by_its_path_alone(tmp_path):
+    def held_out(count):
+        for i in range(count):
+            (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+            (tmp_path / "ab"[i % 2] / f"{i}.mp4").touch()
+        data = finetune.find_data(argparse.Namespace(data=str(tmp_path), val=None, per_class=None))
+        train_paths, val_paths = set(data.train.tolist()), set(data.val.tolist())
+        assert len(train_paths) + len(val_paths) == count and not train_paths & val_paths
+        return val_paths
+    few, many = held_out(100), held_out(300)
+    assert few <= many and 15 < len(many) < 50
+
+def test_the_defaults_of_fine_tuning_are_the_papers_recipe():
+    common = dict(frames=16, stride=4, size=(224, 224), patch=(2, 16, 16), sampling="clip",
+                  lr=4.8e-3, end_lr=1.6e-4, weight_decay=0.05, clip=5, mixup=0.8, cutmix=1,
+                  smoothing=0.1, rand_augment=7, erase=0.25, flip=True, crop=0.08, views=(7, 3))
+    for size, epochs, repeat, layer_decay, drop_path, dropout in (
+            ("base", 75, 2, 0.65, 0.1, 0.3), ("large", 50, 2, 0.75, 0.2, 0.3),
+            ("huge", 75, 1, 0.8, 0.2, 0.5)):
+        args = finetune.parse_arguments(["--data", "videos", "--init", "last.pt"])
+        shape = dict(frames=16, height=224, width=224, patch=(2, 16, 16))
+        finetune.fill_in(args, dict(model_args=mae_st.SIZES[size] | shape))
+        wanted = common | dict(model=size, epochs=epochs, repeat=repeat, layer_decay=layer_decay,
+                               drop_path=drop_path, dropout=dropout, warmup=5 / epochs)
+        assert {key: getattr(args, key) for key in wanted} == wanted
+    args = finetune.parse_arguments(["--data", "videos", "--scratch"])
+    finetune.fill_in(args, None)
+    assert (args.layer_decay, args.model, args.drop_path) == (1, "large", 0.2)
+    probe = vars(finetune.parse_arguments(["--data", "videos", "--init", "last.pt", "--probe"]))
+    assert all(probe[key] == 0 for key in "drop_path dropout mixup cutmix smoothing rand_augment "
+               "erase weight_decay".split())
+    assert finetune.parse_arguments([]).steps == finetune.DEMO["steps"]
+    assert finetune.parse_arguments(["--epochs=5"]).steps is None
+    for flag in (["--eval", "--val", "x"], ["--predict", "x.mp4"]):
+        assert finetune.parse_arguments(flag).init == "runs/finetune/last.pt"
+
+# ----------------------------------------------------------------------------- fine-tuning, as run
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A folder with train/ and val/, three classes each, 15 and 7 videos, and a pre-training."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for part, count in (("train", 5), ("val", 3)):
+        for name in ("left", "right", "up"):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count if (part, name) != ("val", "up") else 1):
+                frames = train.moving_shapes(np.random.default_rng([i, count]), name, 16, 32)
+                train.write_video(folder / part / name / f"{i}.mp4", frames, 30)
+    train.main(arguments(folder / "train", folder / "pretrain", "--steps", 4, "--save-every", 4))
+    return folder
+
+def tuning(folder, out, *more):
+    return ["--data", f"{folder}/train", "--val", f"{folder}/val", "--init",
+            f"{folder}/pretrain/last.pt", "--out", str(out), "--device", "cpu", "--batch-size", "2",
+            "--views", "2x3", *map(str, more)]
+
+def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness_and_its_best_score(
+        labelled, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = "--steps", 4, "--save-every", 2, "--drop-path", 0.2, "--lr", 0.5
+    finetune.main(tuning(labelled, whole, *more, "--workers", 1))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "check_finite", interrupted(3))
+        finetune.main(tuning(labelled, parts, *more, "--workers", 0))
+    for _ in range(2):  # the second time it is finished, says the same again, and adds nothing
+        finetune.main(tuning(labelled, parts, *more, "--workers", 0))
+    assert_same_run(whole, parts)
+    a, b = (train.read_checkpoint(run / "last.pt") for run in (whole, parts))
+    assert a["best"] == b["best"] and a["classes"] == ["left", "right", "up"]
+    assert rows_of(whole / "predictions.jsonl") == rows_of(parts / "predictions.jsonl")
+    keys = "step", "loss", "lr", "grad_norm", "val_acc1", "val_acc5", "views"
+    a, b = ([{key: row[key] for key in keys if key in row} for row in rows_of(run / "log.jsonl")]
+            for run in (whole, parts))
+    assert a == b and [row["step"] for row in a if "loss" in row] == [1, 2, 3, 4]
+    assert [(row["step"], row["views"]) for row in a if "val_acc1" in row] == [
+        (2, "1x1"), (4, "1x1"), (4, "2x3")]
+    with pytest.raises(train.InputError, match="mixup 0.8 -> 0.0"):
+        finetune.main(tuning(labelled, whole, *more, "--mixup", 0))
+    peak, end, warm = 0.5 * 4 / 512, 1.6e-4 * 4 / 512, 4 * 5 / 75  # 4 clips; 5 of 75 epochs
+    shares = [1 / (warm + 1), *((1 + math.cos(math.pi * (step - warm) / (4 - warm))) / 2
+                                for step in (1, 2, 3))]
+    assert_close([row["lr"] for row in a if "loss" in row],
+                 [end + (peak - end) * share for share in shares], 1e-9, "learning rates")
+
+def test_fine_tuning_is_nothing_but_a_plain_loop_where_nothing_is_drawn(labelled, tmp_path):
+    nothing = [word for name in "mixup cutmix drop-path dropout erase rand-augment".split()
+               for word in (f"--{name}", "0")]
+    finetune.main(tuning(labelled, tmp_path, *nothing, "--steps", 4, "--accum", 2, "--lr", 0.5,
+                         "--end-lr", 0.1, "--warmup", 0.5, "--clip", 0.1, "--workers", 0))
+    before = train.read_checkpoint(labelled / "pretrain" / "last.pt")["model"]
+    torch.manual_seed(0)
+    model = mae_st.Classifier(classes=3, dim=128, depth=2, heads=4, frames=4, height=16, width=16,
+                              patch=(2, 8, 8), positions="waves")
+    model.encoder.load_state_dict({name.removeprefix("encoder."): x for name, x in before.items()
+                                   if name.startswith("encoder.")})
+    paths, labels = train.list_videos(labelled / "train")
+    numbers = [["left", "right", "up"].index(label) for label in labels]
+    clips = train.VideoClips(paths, seed=0, repeat=2, frames=4, stride=2, size=(16, 16),
+                             area=(0.08, 1), labels=numbers)
+    items = [[clips[4 * step + i] for i in range(4)] for step in range(4)]
+    batches = [(torch.cat([item["video"] for item in four]).permute(0, 4, 1, 2, 3),
+                torch.cat([item["label"] for item in four])) for four in items]
+    rates = [8 / 512 * (0.1 + 0.4 * share) for share in (1 / 3, 2 / 3, 1, 0.5)]  # per 512 clips
+    depth = {"encoder.blocks.0": 1, "encoder.blocks.1": 2, "encoder.norm.": 3, "head.": 3}
+
+    def scale_of(name):
+        return 0.65 ** (3 - next((at for start, at in depth.items() if name.startswith(start)), 0))
+
+    def loss_of(video, label):
+        targets = F.one_hot(label, 3) * 0.9 + 0.1 / 3
+        return -(model(video).log_softmax(1) * targets).sum(1).mean()
+
+    steps = plain_steps(model, loss_of, scale_of, rates, batches, (0.9, 0.999), 0.1)
+    assert_run_is(tmp_path, model, steps)
+
+def test_other_labels_or_other_weights_behind_the_same_names_are_another_run(labelled, tmp_path):
+    paths, labels = train.list_videos(labelled / "train")
+    weights = train.read_checkpoint(labelled / "pretrain" / "last.pt")
+
+    def run(labels, weights):
+        lines = [f"{os.fsdecode(path)},{label}\n" for path, label in zip(paths, labels)]
+        (tmp_path / "list.csv").write_text("".join(lines))
+        torch.save(weights, tmp_path / "init.pt")
+        command = tuning(labelled, tmp_path / "run", "--steps", 1, "--workers", 0)
+        finetune.main([*command, "--data", f"{tmp_path}/list.csv", "--init", f"{tmp_path}/init.pt"])
+
+    run(labels, weights)
+    with pytest.raises(train.InputError, match="arguments: labels [0-9]+ -> [0-9]+\\. Go on"):
+        run([labels[-1], *labels[1:]], weights)
+    weights["model"]["encoder.pos_embed_temporal"] += 1
+    with pytest.raises(train.InputError, match="arguments: init_weights [0-9]+ -> [0-9]+\\. Go on"):
+        run(labels, weights)
+
+def test_evaluation_is_the_same_on_one_and_two_processes(labelled, tmp_path, monkeypatch):
+    """7 videos in groups of 2: the last group is short, and process 1 gets one group less."""
+    finetune.main(tuning(labelled, tmp_path / "run", "--steps", 2, "--lr", 0.5, "--workers", 0))
+    command = ["finetune.py", "--eval", *tuning(labelled, tmp_path / "one")[2:], "--init",
+               tmp_path / "run" / "last.pt", "--views", "8x2", "--workers", "0", "--out"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun sets it
+    one, two = run_script(*command, tmp_path / "one"), torchrun(*command, tmp_path / "two")
+    rows = rows_of(tmp_path / "one" / "predictions.jsonl")
+    assert rows == rows_of(tmp_path / "two" / "predictions.jsonl")
+    paths, _ = train.list_videos(labelled / "val")
+    assert [row["video"] for row in rows] == [os.fsdecode(path) for path in paths]
+    words = [re.search(r"top-1 .* of 7 videos", result.stdout).group() for result in (one, two)]
+    assert words[0] == words[1]
+
+def test_two_processes_fine_tune_as_one_does_where_nothing_is_drawn_per_process(labelled, tmp_path):
+    more = ("--steps 3 --mixup 0 --cutmix 0 --drop-path 0 --dropout 0 --erase 0 --lr 0.5 "
+            "--workers 0").split()
+    run_script("finetune.py", *tuning(labelled, tmp_path / "one", *more, "--batch-size", "4"))
+    torchrun("finetune.py", *tuning(labelled, tmp_path / "two", *more))
+    assert_same_run(tmp_path / "one", tmp_path / "two", tolerance=5e-4)
+
+def test_the_probe_is_a_linear_model_on_the_exported_features(labelled, tmp_path):
+    finetune.main(tuning(labelled, tmp_path / "probe", "--probe", "--steps", 30, "--batch-size", 8,
+                         "--views", "1x1", "--save-every", 30))
+    weights = train.read_checkpoint(tmp_path / "probe" / "last.pt")["model"]
+    before = train.read_checkpoint(labelled / "pretrain" / "last.pt")["model"]
+    assert all(torch.equal(weights[name], before[name]) for name in weights if "encoder." in name)
+    finetune.main(["--features", str(tmp_path / "features"),
+                   *tuning(labelled, tmp_path / "none", "--views", "1x1")])
+    stored = np.load(tmp_path / "features")
+    val = stored["part"] == "val"
+    assert val.sum() == 7 and (~val).sum() == 15
+    assert list(stored["classes"]) == ["left", "right", "up"]
+    for path, label in zip(stored["paths"], stored["labels"]):
+        assert Path(path).parent.name == stored["classes"][label]
+    x = stored["features"][val] - weights["head_norm.running_mean"].numpy()
+    x = x / np.sqrt(weights["head_norm.running_var"].numpy() + 1e-6)
+    scores = np.exp(x @ weights["head.weight"].numpy().T + weights["head.bias"].numpy())
+    scores /= scores.sum(1, keepdims=True)
+    rows = rows_of(tmp_path / "probe" / "predictions.jsonl")
+    for row, path, prediction in zip(scores, stored["paths"][val], rows, strict=True):
+        assert prediction["video"] == path
+        top5 = [prediction["top5"][name] for name in ("left", "right", "up")]
+        assert_close(top5, row, 1e-4, path)
+
+def test_a_classifier_predicts_evaluates_and_is_trained_on_at_another_size(labelled, tmp_path,
+                                                                           monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finetune.main(tuning(labelled, "runs/finetune", "--steps", 2, "--size", "24x32", "--frames", 6,
+                         "--sampling", "segments", "--no-flip", "--amp", "bf16"))
+    out = capsys.readouterr().out
+    assert "positions interpolated from (2, 2, 2) to (3, 3, 4) patches, a new head; left out" in out
+    finetune.main(["--predict", f"{labelled}/val/up/0.mp4", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert {line.split()[-1] for line in lines} == {"left", "right", "up"}
+    assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.2
+    finetune.main([*tuning(labelled, "more", "--steps", 1), "--init", "runs/finetune/best.pt"])
+    assert "a new head" not in capsys.readouterr().out
+    finetune.main(["--scratch", *tuning(labelled, "scratch", "--steps", 1)])
+    assert "from scratch" in capsys.readouterr().out
+    with pytest.raises(train.InputError, match="gone.mp4 cannot be read"):
+        finetune.main(["--predict", "gone.mp4", "--device", "cpu"])
+
+def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    left, right = f"{labelled}/train/left/0.mp4", f"{labelled}/train/right/0.mp4"
+    for name, labels in (("two", "01"), ("more", "02"), ("words", ("0", "one")),
+                         ("halves", ("0.5", "1")), ("bare", ("", ""))):
+        Path(f"{name}.txt").write_text(f"{left} {labels[0]}\n{right} {labels[1]}\n")
+    torch.save(dict(model={}), "strange.pt")
+    cases = [("--data two.txt --val more.txt", "class '2' is none of the 2"),
+             ("--data words.txt", "'one' is no whole number"),
+             ("--data halves.txt", "'0.5' is no whole number"), ("--data bare.txt", "no label"),
+             ("--val bare.txt", "no label"), ("--val empty", "no video in it"),
+             ("--views 2x3x4", "not 2 numbers"), ("--views ax3", "invalid size value"),
+             ("--views 0x3", "from 1 to"), ("--model base", "--model base.*has tiny"),
+             ("--patch 2x4x4", "--patch.*leave the flag out"), ("--size 20", "height 20"),
+             ("--init strange.pt", "patch_embed"), ("--init gone.pt", "gone.pt"),
+             ("--eval", "has no head"), ("--predict x.mp4", "has no head"),
+             ("--features gone/f.npz", "--features gone/f.npz cannot be written"),
+             ("--features empty", "cannot be written"), ("--mixup -1", "not from"),
+             ("--layer-decay 2", "not from"), ("--val=", "--val: it is empty")]
+    for change, pattern in cases:
+        command = tuning(labelled, tmp_path / "out", "--steps", 2, "--workers", 0)
+        with pytest.raises(train.InputError) as caught:
+            finetune.main(command + change.split())
+        assert "\n" not in str(caught.value)
+        assert re.search(pattern, str(caught.value)), f"{change}: {caught.value}"
+    for command, pattern in ((["--data", "two.txt"], "no checkpoint: .* --scratch"),
+                             (["--features", "f.npz", "--val", "two.txt"], "with --init$"),
+                             (["--predict", left], "runs/finetune/last.pt is no file"),
+                             (["--data", f"{labelled}/val", "--init",
+                               f"{labelled}/pretrain/last.pt"], "give --val")):
+        with pytest.raises(train.InputError, match=pattern):
+            finetune.main([*command, "--device", "cpu"])
+
+def test_unreadable_validation_videos_are_named_and_count_as_wrong(labelled, tmp_path, capsys):
+    shutil.copytree(labelled / "val", tmp_path / "val")
+    (tmp_path / "val" / "left" / "0.mp4").write_bytes(b"nothing")
+    finetune.main([*tuning(labelled, tmp_path / "run", "--steps", 1), "--val", f"{tmp_path}/val"])
+    assert f"cannot be read: {tmp_path}/val/left/0.mp4: no video" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "run" / "predictions.jsonl")
+    assert rows[0]["top5"] == {} and rows[0]["rank"] >= 5 and len(rows) == 7
+
+def test_fine_tuning_stops_when_not_finite_and_goes_on_after_a_signal(labelled, tmp_path,
+                                                                      monkeypatch):
+    more = "--steps", 6, "--save-every", 4, "--workers", 0
+    finetune.main(tuning(labelled, tmp_path / "whole", *more))
+    forward, calls = mae_st.Classifier.forward, iter(range(100))
+    with monkeypatch.context() as patch, pytest.raises(train.InputError, match="step 3 are not"):
+        patch.setattr(mae_st.Classifier, "forward", lambda self, video: forward(self, video) * (
+            math.nan if next(calls) == 2 else 1))
+        finetune.main(tuning(labelled, tmp_path / "broken", *more))
+    update, calls = train.update, iter(range(100))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "update", lambda *args: (
+            next(calls) == 2 and os.kill(os.getpid(), signal.SIGTERM), update(*args))[1])
+        finetune.main(tuning(labelled, tmp_path / "parts", *more))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert train.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
+    assert not (tmp_path / "parts" / "best.pt").exists()  # a signal does not wait for validation
+    finetune.main(tuning(labelled, tmp_path / "parts", *more))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    a, b = (train.read_checkpoint(tmp_path / run / "last.pt")["best"] for run in ("whole", "parts"))
+    assert a == b
+
+# ------------------------------------------------------------------------------------ the benchmark
+
+BENCH = ("--model tiny --frames 4 --size 16 --patch 2x8x8 --batch-size 2 --rounds 1 --stride 2 "
+         "--device cpu").split()
+
+def bench_run(*words):
+    args = bench.parse_arguments([*BENCH, *words])
+    train.setup(args)
+    run = bench.make_run(args)
+    return run, [bench.make_row(run, line) for line in bench.arithmetic(run.model, args)]
+
+def test_the_arithmetic_gives_table_1_of_the_paper_within_a_percent():
+    args = bench.parse_arguments("--flops --model large --ratios 0.9".split())
+    dense, sparse = bench.arithmetic(bench.make_model(args, "meta"), args)
+    assert abs(dense["gmacs_as_paper"] / 627.5 - 1) < 0.01
+    assert abs(sparse["gmacs_as_paper"] / 81.0 - 1) < 0.01
+    assert abs(sparse["gmacs"] / 79.5 - 1) < 0.01
+    assert (sparse["visible_tokens"], dense["visible_tokens"]) == (156, 1568)
+
+@pytest.mark.parametrize("strategy, decode_ratio", [
+    ("agnostic", 1.0), ("tube", 1.0), ("frame", 1.0), ("agnostic", 0.5)])
+def test_multiply_adds_are_those_that_torch_counts(strategy, decode_ratio):
+    args = bench.parse_arguments(f"--model tiny --frames 8 --size 24x40 --patch 2x8x8 --strategy "
+                                 f"{strategy} --decode-ratio {decode_ratio}".split())
+    model, video = bench.make_model(args, "cpu"), bench.random_video(2, args, "cpu")
+    noise = mask_noise(strategy, 2, model.encoder.grid)
+    for row in bench.arithmetic(model, args):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            if row["dense"]:
+                model.dense(video, row["mask_ratio"], noise)
+            else:
+                model(video, row["mask_ratio"], noise, decode_ratio)
+        counted = counter.get_total_flops() / 2 / 2 / 1e9  # two clips; two operations each
+        assert_close(row["gmacs"], counted, 1e-12, f"{row['name']}, {strategy}")
+
+def test_the_dense_baseline_is_an_encoder_over_all_tokens_with_a_learned_one_for_the_hidden():
+    torch.manual_seed(0)
+    model = randomise(bench.WithDense(**SMALL).double())
+    encoder, noise, losses = model.encoder, torch.rand(2, *GRID), []
+    video = torch.randn(2, 3, 4, 12, 20, dtype=torch.float64)
+    _, ids_mask = random_masking(noise, encoder.grid, 0.7)
+    for b in range(2):  # tokens in their natural order, clip by clip
+        hidden = torch.zeros(30, dtype=torch.bool).index_fill(0, ids_mask[b], True)
+        x = encoder.patch_embed(patchify(video, (2, 4, 4))[b])
+        x = torch.where(hidden[:, None], model.encoder_mask_token, x) + encoder.pos_embed()
+        x = torch.cat([encoder.cls_token + encoder.pos_embed_class, x])
+        for block in encoder.blocks:
+            x = plain_block(block, x)
+        x = model.decoder_embed(encoder.norm(x)) + model.decoder_pos_embed
+        for block in model.decoder_blocks:
+            x = plain_block(block, x)
+        target, _ = model.targets(patchify(video, (2, 4, 4))[b:b + 1], hidden.nonzero().T)
+        prediction = model.decoder_pred(model.decoder_norm(x[1:][hidden]))
+        losses.append(F.mse_loss(prediction, target[0]))
+    assert_close(model.dense(video, 0.7, noise), torch.stack(losses).mean(), 1e-10, "loss")
+
+def test_running_out_of_memory_halves_the_batch_and_says_so(monkeypatch, capsys):
+    run, (row, *_) = bench_run("--batch-size", "8")
+
+    def step(run, row):
+        if row.videos > allowed:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench, "step", step)
+    monkeypatch.setattr(bench, "timed", lambda work, *_: work() or 1.0)
+    allowed = 3
+    bench.warm_up(run, row)
+    assert row.videos == 2 and capsys.readouterr().out.count("the batch is halved") == 2
+    allowed = 0
+    with pytest.raises(train.InputError, match="out of memory at one video"):
+        bench.warm_up(run, row)
+
+def test_the_straightforward_reading_gives_the_same_clips_and_is_timed_beside_ours(
+        some_videos, tmp_path, capsys):
+    for path in some_videos.iterdir():
+        clips = [[train.RandomClip(np.random.default_rng(i), 4, 2) for i in range(8)]
+                 for _ in range(2)]
+        ours = torch.from_numpy(train.read_clips(str(path), clips[0], (32, 32))).float().mean(-1)
+        other = bench.read_straightforwardly(str(path), clips[1], (32, 32)).mean(2)  # brightness
+        same, different = ((ours - x).abs().mean() for x in (other, other.roll(1, dims=0)))
+        assert 2 * same < different, f"difference {same:.2f}, between other clips {different:.2f}"
+    bench.main([*BENCH, "--loader", str(some_videos), "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for row in rows:
+        ratio = row["clips_per_s"] / row["straightforward_clips_per_s"]
+        assert row["ratio"] == pytest.approx(ratio)
+    assert len(rows) == 7 and capsys.readouterr().out.count("\n|") == 2 + 7
+
+def test_bench_prints_a_table_and_writes_its_rows_and_a_chart(some_videos, tmp_path, monkeypatch,
+                                                              capsys):
+    monkeypatch.setattr(bench, "LEAST", 0)
+    bench.main([*BENCH, "--end-to-end", str(some_videos), "--workers", "1", "--ratios", "0.5",
+                "0.75", "--json", str(tmp_path / "rows.json"), "--chart", str(tmp_path / "c.svg")])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    dense, *rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1
+    assert dense["dense"] and [row["mask_ratio"] for row in rows] == [0.5, 0.75]
+    assert [row["visible_tokens"] for row in rows] == [4, 2]
+    for row in [dense, *rows]:
+        assert row["clips"] == 8 and 0 <= row["data_wait"] <= 1 and row["peak_mem_gb"] is None
+        for key, other in (("speedup", "clips_per_s"),
+                           ("load_compute_speedup", "load_compute_clips_per_s")):
+            assert row[key] == pytest.approx(row[other] / dense[other])
+    drawn = ElementTree.parse(tmp_path / "c.svg").iter("{http://www.w3.org/2000/svg}circle")
+    assert len(list(drawn)) == 3 * 2  # predicted, compute, load + compute at two ratios
+
+def test_steps_of_the_benchmark_are_those_of_training():
+    run, rows = bench_run("--size", "32", "--decoder-width", "32", "--decoder-depth", "2",
+                          "--ratios", "0.75")
+    model = run.model
+    assert len(model.decoder_blocks) == 2 and model.decoder_pos_embed.shape[1] == 32
+    for row, loss_of in zip(rows, (model.dense, model.forward), strict=True):
+        begin = {name: p.detach().clone() for name, p in model.named_parameters()}
+        batches = [(bench.random_video(clips, run.args, "cpu"),
+                    mask_noise("agnostic", clips, (2, 4, 4))) for clips in (6, 1, 3)]
+        loss = lambda video, noise: loss_of(video, row.line["mask_ratio"], noise)
+        plain = plain_steps(model, loss, lambda name: 1, [1e-4] * 3, batches, (0.9, 0.95), 0.02)
+        norms = [norm for _, norm in plain]
+        assert min(norms) > 0.02 and max(norms) > 1.1 * min(norms), "clipping makes no difference"
+        expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.load_state_dict(begin)
+        model.zero_grad()
+        run.optimizer.state.clear()
+        for batch in batches:
+            bench.step(run, row, *batch)
+        for name, parameter in model.named_parameters():
+            assert_close(parameter, expected[name], 1e-6, name)
+            assert parameter.grad is None
+
+def test_the_tables_figures_follow_from_the_clock(some_videos, monkeypatch):
+    """On a clock of its own: a dense step takes 0.2 s, a sparse one 0.05 s, a matrix product
+    0.01 s, a batch 0.1 s to come."""
+    now, (run, rows) = [0.0], bench_run("--rounds", "3", "--ratios", "0.75", "--repeat", "2")
+
+    def pass_by(seconds, result=None):
+        now[0] += seconds
+        return result
+    monkeypatch.setattr(bench, "mark", lambda device: now[0])
+    monkeypatch.setattr(bench, "step", lambda run, row, *_: pass_by(
+        0.2 if row.line["dense"] else 0.05))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", lambda a, b: pass_by(0.01, a))
+        product = bench.measure(run, rows)
+    assert product == pytest.approx(2 * 2048**3 / 0.01 / 1e12)
+    for line, step in zip(bench.results(run, rows, product), (0.2, 0.05)):
+        wanted = dict(clips=4, step_ms=step * 1e3, step_ms_min=step * 1e3, step_ms_max=step * 1e3,
+                      clips_per_s=4 / step, speedup=0.2 / step, gmacs=line["gmacs_encoder"]
+                      + line["gmacs_decoder"], tflops=6 * line["gmacs"] * 4 / step / 1e3,
+                      measured_over_predicted=0.2 / step / line["predicted_speedup"],
+                      share_of_product=line["tflops"] / product)
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted)
+    collate = train.collate
+    monkeypatch.setattr(train, "collate", lambda items: pass_by(0.1, collate(items)))
+    monkeypatch.setattr(bench, "LEAST", 1)
+    run.args.workers = 0
+    for row, step in zip(rows, (0.2, 0.05)):
+        rates = bench.with_loading(run, row, train.list_videos(some_videos)[0])
+        assert rates == pytest.approx((4 / (0.1 + step), 0.1 / (0.1 + step)))
+
+# --------------------------------------------------------------------------------------- the README
+
+README = (HERE / "README.md").read_text()
+
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch):
+    """A folder to run in, with so few generated videos that the commands take seconds."""
+    train.generate_videos(f"{tmp_path}/data/moving_shapes", ALONE, per_class=2, held_out=1)
+    monkeypatch.chdir(tmp_path)
+
+def test_the_snippets_in_the_readme_run_and_give_the_shapes_they_say(small_demo):
+    model, own_data = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(model, names)
+    assert names["loss"].isfinite() and names["filled"].shape == (2, 3, 8, 224, 224)
+    assert names["mask"].shape == (2, 8, 14, 14)
+    assert names["tokens"].shape == (2, 1568, 384) and names["cls"].shape == (2, 384)
+    assert len(own_data.splitlines()) <= 15
+    exec(own_data, {})
+    assert len(rows_of("runs/tensors/log.jsonl")) == 20
+
+def commands_of(text):
+    """What stands in blocks without a language, and in backquotes, and runs one of our scripts."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+    blocks = [line for language, block in fence.findall(text) if not language
+              for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", fence.sub("", text))
+    for command in [part.strip() for line in [*blocks, *spans] for part in line.split("&&")]:
+        found = re.match(r"(?:python|torchrun(?: --\S+)*) (train|finetune|bench)\.py\b(.*)",
+                         command)
+        if found:
+            yield found[1], found[2].split()
+
+def test_every_command_in_the_readme_is_one_that_its_script_takes():
+    commands = list(commands_of(README))
+    for script, flag in (("train", "large"), ("train", "--check-data"), ("bench", "--loader"),
+                         ("finetune", "my_videos"), ("finetune", "--probe")):
+        assert any(flag in given for name, given in commands if name == script), (script, flag)
+    scripts = {"train": train, "finetune": finetune, "bench": bench}
+    for script, given in commands:
+        scripts[script].parse_arguments(given)
+    own = next(vars(train.parse_arguments(given)) for name, given in commands
+               if name == "train" and "--no-norm-pix" in given)
+    assert {key: own[key] for key in train.DEMO} == train.DEMO
+
+def test_the_laptop_commands_of_the_readme_run(small_demo):
+    section = re.search(r"\n## What you can check on a laptop\n(.*?)\n## ", README, re.S)[1]
+    commands = list(commands_of(section))
+    assert {script for script, _ in commands} == {"train", "finetune", "bench"}
+    os.symlink("moving_shapes/val", "data/kinetics_like")
+    scripts = {"train": train, "finetune": finetune, "bench": bench}
+    for script, given in commands:
+        small = "--steps 1 --workers 0 --device cpu" if script != "bench" else (
+            "--model tiny --size 32 --frames 4 --batch-size 2 --rounds 1 --device cpu")
+        scripts[script].main([*given, *small.split()])

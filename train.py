@@ -879,7 +879,7 @@ def pretrain(args, clips=None):
         target=args.target, norm_pix=args.norm_pix, checkpointing=args.checkpointing)
     weights = load_init(args.init)["model"] if args.init else None
     model = build(MaskedAutoencoder, model_args, weights, args.init).to(args.device)
-    grid, paths = model.encoder.grid, []
+    grid, paths = model.encoder.grid, [b""]
     with in_a_line("no mask", ValueError):
         ids = random_masking(mask_noise(args.strategy, 1, grid), grid, args.mask_ratio)
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
