@@ -33,34 +33,31 @@ from mae_st import (SIZES, STRATEGIES, MaskedAutoencoder, gather, mask_noise, no
 
 # --------------------------------------------------------------------------------- the arithmetic
 
-DENSE_RATIO = 0.9  # of the dense row: Table 1 compares both encoders at 90 %
-
-def linear_weights(module):
-    return sum(x.weight.numel() for x in module.modules() if isinstance(x, nn.Linear))
+def linear_macs(module, tokens):
+    """Each weight of a linear layer is used once per token."""
+    return sum(x.weight.numel() for x in module.modules() if isinstance(x, nn.Linear)) * tokens
 
 def block_macs(blocks, tokens, dim):
-    """Each weight is used once per token; q k^T and attention times v take tokens^2 * dim each."""
-    return linear_weights(blocks) * tokens + len(blocks) * 2 * tokens**2 * dim
+    """Attention adds q k^T and its product with v, tokens^2 * dim each."""
+    return linear_macs(blocks, tokens) + len(blocks) * 2 * tokens**2 * dim
 
 def multiply_adds(model, visible, hidden, embedded, dense=False):
     """Forward multiply-adds of one clip in linear layers and attention: (encoder, decoder).
 
     visible: tokens of the encoder, which also sees the hidden ones if dense; hidden: tokens that
-    are decoded and predicted; embedded: patches that are embedded. With all of them ViT-L takes
-    628.5 G dense and 81.6 G at 90 %; Table 1, perhaps without the last layer, has 627.5 and 81.0.
-    """
+    are decoded; embedded: patches that are embedded. With all of them ViT-L takes 628.5 G dense and
+    81.6 G at 90 %; Table 1, perhaps without the last layer, has 627.5 and 81.0."""
     seen, decoded = 1 + visible + dense * hidden, 1 + visible + hidden  # with the class token
     dim, decoder_dim = model.decoder_embed.in_features, model.decoder_embed.out_features
-    encoder = block_macs(model.encoder.blocks, seen, dim)
-    decoder = block_macs(model.decoder_blocks, decoded, decoder_dim)
-    encoder += linear_weights(model.encoder.patch_embed) * embedded
-    decoder += linear_weights(model.decoder_embed) * seen
-    return encoder, decoder + linear_weights(model.decoder_pred) * hidden
+    encoder = linear_macs(model.encoder.patch_embed, embedded)
+    encoder += block_macs(model.encoder.blocks, seen, dim)
+    decoder = linear_macs(model.decoder_embed, seen) + linear_macs(model.decoder_pred, hidden)
+    return encoder, decoder + block_macs(model.decoder_blocks, decoded, decoder_dim)
 
 def arithmetic(model, args):
     """The columns of the table that need no measuring: a dense row, then one row per ratio."""
     rows, grid = [], model.encoder.grid
-    for dense, ratio in [(True, DENSE_RATIO)] + [(False, ratio) for ratio in args.ratios]:
+    for dense, ratio in [(True, 0.9)] + [(False, ratio) for ratio in args.ratios]:  # Table 1: 0.9
         with in_a_line("--ratios", ValueError):
             ids_keep, ids_mask = random_masking(mask_noise(args.strategy, 1, grid), grid, ratio)
         visible, hidden = ids_keep.shape[1], ids_mask.shape[1]
@@ -77,9 +74,8 @@ def arithmetic(model, args):
 # ----------------------------------------------------------------------------- the dense baseline
 
 class WithDense(MaskedAutoencoder):
-    """The model, and the baseline of Table 1: hidden tokens become a learned token before the
-    encoder, which sees all of them. Decoder, loss and weights are the model's, and only visible
-    patches are embedded, so the rows of the table differ in the encoder alone."""
+    """The model, and the baseline of Table 1: an encoder that sees a learned token for each hidden
+    one. All else is the model's, so the rows of the table differ in the encoder alone."""
 
     def __init__(self, **model_args):
         super().__init__(**model_args)
@@ -104,8 +100,7 @@ class WithDense(MaskedAutoencoder):
         prediction = self.decoder_pred(self.decoder_norm(x[:, -ids_mask.shape[1]:]))
         return self.loss(prediction, self.targets(patches, ids_mask)[0])
 
-def make_model(args, device):
-    """The model of these arguments, made on the device; "meta" gives its shapes alone."""
+def make_model(args, device):  # "meta" gives its shapes alone
     given = dict(decoder_dim=args.decoder_width, decoder_depth=args.decoder_depth, patch=args.patch,
                  frames=args.frames, height=args.size[0], width=args.size[1])
     with torch.device(device):
@@ -113,15 +108,14 @@ def make_model(args, device):
 
 # --------------------------------------------------------------------------------- timing a step
 
-def timed(work, device, times=1):
-    """Seconds that one call of work() takes."""
+def timed(work, device, times=1):  # seconds of one call
     begin = mark(device)
     for _ in range(times):
         work()
     return elapsed(begin, mark(device)) / times
 
 def make_run(args):
-    """Model, optimizer and scaler, which all rows of the table share."""
+    """Model, optimizer and scaler, which all rows share."""
     torch.compiler.config.recompile_limit = 64  # every row is a version of one function
     torch.manual_seed(0)
     model = make_model(args, args.device)
@@ -130,7 +124,7 @@ def make_run(args):
     return argparse.Namespace(args=args, model=model, optimizer=optimizer, scaler=scaler)
 
 def make_row(run, line):
-    """A row of the table to be measured: its way through the model, its batch, its times."""
+    """A row of the table: its way through the model, its batch, its times."""
     args, ratio = run.args, line["mask_ratio"]
 
     def loss_of(video, noise):
@@ -144,8 +138,8 @@ def make_row(run, line):
     return argparse.Namespace(line=line, videos=videos, loss_of=loss_of, times=[], memory=None)
 
 def videos_that_fit(run, encoder_tokens):
-    """A power of two: half of a GPU's memory, or on a CPU 0.75 GB, which takes a minute or two.
-    About 40 bytes per token, block and unit of width wait for the backward pass, 80 in float32."""
+    """A power of two that takes half of a GPU's memory, or 0.75 GB on a CPU. About 40 bytes per
+    token, block and unit of width wait for the backward pass, 80 in float32."""
     model, budget = run.model, 0.75e9
     if run.args.device == "cuda":
         budget = torch.cuda.get_device_properties(0).total_memory / 2
@@ -156,10 +150,10 @@ def videos_that_fit(run, encoder_tokens):
 
 def step(run, row, video=None, noise=None):
     """The step of `train.fit`: forward, backward, clipping, AdamW. By default on random video."""
-    args, dtype = run.args, DTYPES[run.args.amp]
+    args, dtype, grid = run.args, DTYPES[run.args.amp], run.model.encoder.grid
     if video is None:
         video = run.video[:row.videos * args.repeat]
-        noise = mask_noise(args.strategy, len(video), run.model.encoder.grid, device=args.device)
+        noise = mask_noise(args.strategy, len(video), grid, device=args.device)
     with torch.autocast(args.device, dtype, enabled=dtype is not None):
         loss = row.loss_of(video, noise.contiguous())
     run.scaler.scale(loss).backward()
@@ -176,8 +170,7 @@ def warm_up(run, row):
                 once = timed(lambda: step(run, row), args.device, 3)
                 row.memory = torch.cuda.max_memory_allocated() / 1e9
             row.steps = max(1, math.ceil(0.5 / once))  # of one measurement: half a second
-            print(f"{row.line['name']}: {row.videos * args.repeat} clips, first step {first:.1f} s")
-            return
+            return print(f"{row.line['name']}: the first step took {first:.1f} s, not counted")
         if row.videos == 1:  # outside of the exception, so that its tensors are free
             raise InputError("out of memory at one video: lower --model, --size or --repeat")
         row.videos //= 2
@@ -185,20 +178,18 @@ def warm_up(run, row):
         run.optimizer.zero_grad(set_to_none=True)
         run.optimizer.state.clear()  # which may be half made
 
-def random_video(clips, args, device):
-    """uint8 (B, 3, T, H, W), in memory as the loader delivers it: a view of (B, T, H, W, 3)."""
+def random_video(clips, args, device):  # (B, 3, T, H, W), as the loader's: of (B, T, H, W, 3)
     shape = clips, args.frames, *args.size, 3
     return torch.randint(256, shape, dtype=torch.uint8, device=device).permute(0, 4, 1, 2, 3)
 
 def measure(run, rows):
-    """Time all rows and a large matrix product in turn, so that drift affects all alike. Returns
-    the product's TFLOP/s."""
+    """Time all rows and a matrix product in turn, so that drift affects all. -> its TFLOP/s"""
     args = run.args
     run.video = random_video(max(row.videos for row in rows) * args.repeat, args, args.device)
     for row in rows:
         warm_up(run, row)
-    side, dtype, products = 8192 if args.device == "cuda" else 2048, DTYPES[args.amp], []
-    a = torch.randn(side, side, device=args.device, dtype=dtype or torch.float32)
+    side, products = 8192 if args.device == "cuda" else 2048, []
+    a = torch.randn(side, side, device=args.device, dtype=DTYPES[args.amp])
     for _ in tqdm(range(1 + args.rounds), desc="measuring", unit="round"):
         products.append(timed(lambda: a @ a, args.device, times=4))
         for row in rows if len(products) > 1 else []:  # the first product warms up
@@ -209,35 +200,37 @@ def results(run, rows, product):
     """The measured rows. product: TFLOP/s. The backward pass counts as two forward passes."""
     table = []
     for row in rows:
-        step, clips = median(row.times), row.videos * run.args.repeat
-        line = row.line | dict(clips=clips, clips_per_s=clips / step, peak_mem_gb=row.memory,
-                               step_ms=step * 1e3, step_ms_min=min(row.times) * 1e3,
-                               step_ms_max=max(row.times) * 1e3)
-        table.append(line)
-        line["speedup"] = line["clips_per_s"] / table[0]["clips_per_s"]
-        line["measured_over_predicted"] = line["speedup"] / line["predicted_speedup"]
-        line["tflops"] = line["gmacs"] * 2 * 3 * line["clips_per_s"] / 1e3
-        line["share_of_product"] = line["tflops"] / product
+        clips, ms = row.videos * run.args.repeat, [1e3 * seconds for seconds in row.times]
+        rate = clips / median(row.times)
+        speedup = rate / (table[0]["clips_per_s"] if table else rate)
+        tflops = row.line["gmacs"] * 2 * 3 * rate / 1e3
+        table.append(row.line | dict(
+            clips=clips, clips_per_s=rate, step_ms=median(ms), step_ms_min=min(ms),
+            step_ms_max=max(ms), speedup=speedup, peak_mem_gb=row.memory, tflops=tflops,
+            measured_over_predicted=speedup / row.line["predicted_speedup"],
+            share_of_product=tflops / product))
     return table
 
 # ---------------------------------------------------------------------------------------- loading
 
+ALONE = "generated"  # what a flag that may name a folder has if it comes alone
+LEAST = 5  # s to compute per row, with loading beside it
+
 def kinetics_like(rng, frames=300, height=256, width=340):
     """Detailed texture under a moving camera with noise, as uint8 (T, H, W, 3)."""
-    size = 2 * height, 2 * width
     layers = (torch.from_numpy(rng.normal(0, 32, (1, 3, n, n))) for n in (3, 10, 30, 100))
-    scene = 127 + sum(F.interpolate(layer, size=size, mode="bicubic") for layer in layers)[0]
+    layers = (F.interpolate(x, size=(2 * height, 2 * width), mode="bicubic") for x in layers)
+    scene = 127 + sum(layers)[0]  # (3, 2 H, 2 W)
     t, noise = np.arange(frames), rng.uniform(6, 10)
     y, x = (side * (1 + np.sin(t / rng.uniform(20, 60) + rng.uniform(0, 6))) / 2
             for side in (height, width))  # there and back again
-    views = (scene[:, int(y[i]):, int(x[i]):][:, :height, :width] for i in t)
-    video = (view.permute(1, 2, 0).numpy() + rng.normal(0, noise, (height, width, 3))
-             for view in views)
+    views = (scene[:, int(y[i]):, int(x[i]):][:, :height, :width].permute(1, 2, 0) for i in t)
+    video = (view.numpy() + rng.normal(0, noise, (height, width, 3)) for view in views)
     return np.stack([frame.clip(0, 255).astype(np.uint8) for frame in video])
 
 def find_videos(given):
-    """The videos of a folder or list; or, where the flag came alone, generated files like those of
-    Kinetics: 10 s of 340 x 256 at 30 fps, with libx264's defaults."""
+    """The videos of a folder or list; where the flag came alone, generated ones: 10 s of 340 x 256
+    at 30 fps with libx264's defaults, as Kinetics has them."""
     if given == ALONE:
         given = "data/kinetics_like"
         makers = {f"{i}.mp4": functools.partial(kinetics_like, rng_of(0, i)) for i in range(4)}
@@ -245,8 +238,7 @@ def find_videos(given):
     return list_videos(given)[0]
 
 def read_straightforwardly(path, clips, size):
-    """What one would write first: decode the whole file, every frame to RGB, then index, crop and
-    resize floats. The same clips as from `read_clips`, float (R, T, 3, H, W)."""
+    """The same clips as one would write it first, as float (R, T, 3, H, W)."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -265,10 +257,10 @@ def read_straightforwardly(path, clips, size):
     return torch.stack(out)
 
 def time_file(path, args):
-    """Clips/s of both ways on one file, taken in turn: [ours, straightforward]."""
+    """Clips/s of both ways on one file, on the same clips in turn: [ours, straightforward]."""
     times = {read_clips: [], read_straightforwardly: []}
-    for attempt in range(1 + args.rounds):
-        for read in times:  # the same clips for both
+    for attempt in range(1 + args.rounds):  # the first one warms up
+        for read in times:
             clips = [RandomClip(rng_of(0, attempt, r), args.frames, args.stride)
                      for r in range(args.repeat)]
             times[read].append(timed(lambda: read(path, clips, args.size), "cpu"))
@@ -279,8 +271,7 @@ def loading(args):
     paths, rows = find_videos(args.loader), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    chosen = sorted({int(i) for i in np.linspace(0, len(paths) - 1, 16)})  # of a large folder
-    for path in tqdm([os.fsdecode(paths[i]) for i in chosen], desc="reading", unit="file"):
+    for path in map(os.fsdecode, tqdm(paths[::math.ceil(len(paths) / 16)], desc="reading")):
         try:
             ours, plain = time_file(path, args)
         except (BadVideo, av.FFmpegError, ValueError, TypeError) as error:
@@ -290,21 +281,17 @@ def loading(args):
                          clips_per_s=ours, straightforward_clips_per_s=plain, ratio=ours / plain))
     torch.set_num_threads(threads)
     if not rows:
-        raise InputError(f"--loader: none of the {len(chosen)} files tried can be read both ways")
+        raise InputError("--loader: none of the files tried can be read both ways")
     clip = f"({args.frames} frames of {args.size[0]} x {args.size[1]}, stride {args.stride:g})"
-    ratio = median(row["ratio"] for row in rows)
-    heading = [f"{args.repeat} x {clip} from each file, on one core; PyAV {av.__version__}; median "
-               f"of {args.rounds} rounds, both ways in turn; in the median {ratio:.2f}x. "
-               "Straightforward: decode all, every frame to RGB, index, crop, `F.interpolate`."]
+    heading = [f"{args.repeat} x {clip} from each file, on one core, PyAV {av.__version__}; beside "
+               "decoding all to RGB, index, crop, `F.interpolate`; in the median "
+               f"{median(row['ratio'] for row in rows):.2f}x."]
     return heading, LOADING, rows
 
 # ---------------------------------------------------------------------------- loading + computing
 
-LEAST = 5  # s to compute per row, with loading beside it
-
 def with_loading(run, row, paths):
-    """Train on clips of files as train.py does: clips/s, and the share of the time that the device
-    waited for data."""
+    """Train on clips of files as train.py does: clips/s, and the share of time without data."""
     warm = 2 * max(1, run.args.workers)  # until the batches fetched ahead are used up
     steps = max(run.args.rounds, math.ceil(LEAST / median(row.times)))
     args = argparse.Namespace(**vars(run.args) | dict(
@@ -341,8 +328,8 @@ LOADING = {"file": "{name}", "MB": "{megabytes:.2f}", "clips/s": "{clips_per_s:.
            "straightforward": "{straightforward_clips_per_s:.1f}", "ratio": "{ratio:.2f}x"}
 
 def markdown(columns, rows):
-    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1)]
-    lines += [[cell.format(**row) for cell in columns.values()] for row in rows]
+    cells = [[cell.format(**row) for cell in columns.values()] for row in rows]
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def chart(rows):
@@ -356,8 +343,8 @@ def chart(rows):
     xs = [round(70 + 400 * (row["mask_ratio"] - low) / span, 1) for row in rows]
     y_of = lambda speedup: round(320 - 280 * speedup / top, 1)
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 380" font-family="sans-serif" '
-           'font-size="14" fill="#888"><text x="14" y="24">speedup over the dense encoder</text>'
-           '<text x="270" y="366" text-anchor="middle">tokens hidden</text>']
+           'font-size="14" fill="#888"><text x="14" y="24">speedup over the dense encoder, by '
+           'tokens hidden</text>']
     unit = next(unit for unit in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if top / unit <= 8)
     for y in np.arange(0, top, unit):
         out.append(f'<path d="M55 {y_of(y)}H485" stroke="#888" stroke-opacity="0.35"/>'
@@ -366,10 +353,9 @@ def chart(rows):
             for x, row in zip(xs, rows)]
     text_y = 0
     for name, key, colour in sorted(series, key=lambda line: -rows[-1][line[1]]):
-        ys, dashes = [y_of(row[key]) for row in rows], "6 5" if name == "predicted" else "none"
+        ys = [y_of(row[key]) for row in rows]
         line = " ".join(f"{x},{y}" for x, y in zip(xs, ys))
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                   f'stroke-dasharray="{dashes}"/>')
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
         out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in zip(xs, ys)]
         text_y = max(text_y + 18, ys[-1] + 5)  # beside the last point, never on another text
         out.append(f'<text x="484" y="{text_y}" fill="{colour}">{name} {rows[-1][key]:.1f}x</text>')
@@ -377,37 +363,29 @@ def chart(rows):
 
 # ----------------------------------------------------------------------------------- the commands
 
-ALONE = "generated"  # what a flag that may name a folder has if it comes alone
-
-def describe(args, model):
-    """Machine, model and input, for the heading."""
-    name = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if args.device == "cuda" else name
+def describe(args, model):  # for the heading
+    cpu = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     video, patch = (" x ".join(map(str, size)) for size in (model.encoder.video_size, args.patch))
     return (f"{name}; precision {args.amp}, {'' if args.compile else 'not '}compiled; torch "
             f"{torch.__version__}. Model {args.model}, decoder {model.decoder_embed.out_features} "
             f"x {len(model.decoder_blocks)}; video {video}, patch {patch}; {args.strategy} masks, "
             f"{args.decode_ratio:g} of the hidden tokens decoded.")
 
-def flops(args):
-    """--flops: heading, columns and rows."""
-    model = make_model(args, "meta")
-    note = ("Forward multiply-adds of one clip, only visible patches embedded; last column: all of "
-            "them, as in Table 1 of the paper.")
-    return [describe(args, model), note], ARITHMETIC | AS_PAPER, arithmetic(model, args)
-
 def speed(args):
-    """The table of steps, with --end-to-end also its last columns: heading, columns and rows."""
+    """The table, with or without measuring and loading: heading, columns and rows."""
+    if args.flops:
+        model = make_model(args, "meta")
+        note = "Forward multiply-adds of one clip; last column: all patches embedded (Table 1)."
+        return [describe(args, model), note], ARITHMETIC | AS_PAPER, arithmetic(model, args)
     run = make_run(args)
     rows = [make_row(run, line) for line in arithmetic(run.model, args)]
     paths = find_videos(args.end_to_end) if args.end_to_end else None
     product = measure(run, rows)
     table, columns = results(run, rows, product), ARITHMETIC | MEASURED
     heading = [describe(args, run.model),
-               "A step is forward, backward, clipping and AdamW on random video. Times: median "
-               f"(least to most) of {args.rounds} rounds. TFLOP/s: a step is three forward passes; "
-               f"a matrix product reaches {product:.3g}. Dense: the encoder sees a learned token "
-               "for each hidden one."]
+               f"Forward, backward, clipping and AdamW; median (least to most) of {args.rounds} "
+               f"rounds. TFLOP/s: 3 forward passes a step; a matrix product reaches {product:.3g}."]
     if args.device == "cuda":
         columns |= {"peak memory": "{peak_mem_gb:.1f} GB"}
     if paths is not None:
@@ -415,22 +393,19 @@ def speed(args):
             rate, line["data_wait"] = with_loading(run, row, paths)
             dense_rate = table[0].setdefault("load_compute_clips_per_s", rate)
             line |= dict(load_compute_clips_per_s=rate, load_compute_speedup=rate / dense_rate)
-        heading.append(f"Load + compute: the same step on clips of {len(paths)} videos, "
-                       f"{args.repeat} of each, {args.workers} data workers.")
+        heading.append(f"Load + compute: {len(paths)} videos, {args.workers} data workers.")
         columns |= LOADED
     return heading, columns, table
 
 def parse_arguments(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n\n")[0])
     add, whole, few = parser.add_argument, between(1, 1024, int), between(1, 65536, int)
     optional = dict(metavar="FOLDER", nargs="?", const=ALONE, type=text)
     add("--flops", action="store_true", help="only the arithmetic")
     add("--loader", **optional, help="only reading clips; alone: of generated files")
     add("--end-to-end", **optional, help="also load + compute; alone: on generated files")
     add("--model", choices=SIZES, help="size (large, on a CPU small)")
-    add("--ratios", type=between(0, 1), nargs="+", default=[0.5, 0.75, 0.9, 0.95],
-        help="shares of the tokens that are hidden, one row each")
+    add("--ratios", type=between(0, 1), nargs="+", default=[0.5, 0.75, 0.9, 0.95], help="hidden")
     add("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
     add("--decoder-width", type=between(1, 8192, int), help="(the model's)")
     add("--decoder-depth", type=between(1, 256, int), help="blocks (the model's)")
@@ -451,7 +426,7 @@ def parse_arguments(argv=None):
     add("--chart", type=text, metavar="FILE.svg", help="draw speedup against masking ratio")
     args = parser.parse_args(argv)
     if args.chart and args.loader:
-        parser.error("--chart draws speedup against masking ratio, which --loader does not measure")
+        parser.error("--chart draws what --loader does not measure")
     args.ratios = sorted(set(args.ratios))
     args.repeat = args.repeat or (4 if args.loader or args.end_to_end else 1)
     return args
@@ -461,8 +436,7 @@ def main(argv=None):
     with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is not the table
         setup(args)
         args.model = args.model or ("large" if args.device == "cuda" or args.flops else "small")
-        command = flops if args.flops else loading if args.loader else speed
-        heading, columns, rows = command(args)
+        heading, columns, rows = (loading if args.loader else speed)(args)
     print("\n\n".join([*heading, markdown(columns, rows)]))
     settings = vars(args) | dict(torch=torch.__version__)
     if args.json:

@@ -88,8 +88,8 @@ class VideoViews(Dataset):
         try:
             video, bad = read_clips(self.name(i), self.views, self.size[1:3]), []
         except BadVideo as reason:
-            video = np.zeros((len(self.views), *self.size), np.uint8)
             bad = [f"{self.name(i)}: {reason}"]
+            video = np.zeros((len(self.views), *self.size), np.uint8)
         return dict(video=torch.from_numpy(video), bad=bad, good=torch.tensor([not bad]))
 
 # --------------------------------------------------------------------- augmentation on the device
@@ -105,8 +105,8 @@ def blend(x, other, m):
     """Away from `other` for m > 0, towards it for m < 0."""
     return other + (x - other) * (1 + 0.9 * m)
 
-def luma(x):
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]  # (n, 1, T, H, W)
+def luma(x):  # (n, 1, T, H, W)
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 def auto_contrast(x, m):
     low, high = x.amin(PIXELS, keepdim=True), x.amax(PIXELS, keepdim=True)  # (n, 3, 1, 1, 1)
@@ -115,8 +115,8 @@ def auto_contrast(x, m):
 def equalize(x, m):
     """Make all values about equally frequent, in integers, as Pillow does."""
     values = x.long().flatten(2)  # (n, 3, T * H * W)
-    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=x.device)
-    counts = counts.scatter_add_(2, values, torch.ones_like(values))  # (n, 3, 256)
+    counts = values.new_zeros(*values.shape[:2], 256)  # (n, 3, 256)
+    counts.scatter_add_(2, values, torch.ones_like(values))
     step = (values.shape[2] - counts.gather(2, values.amax(2, keepdim=True))) // 255  # (n, 3, 1)
     table = (step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)  # (n, 3, 256)
     new = torch.where(step > 0, table.clamp(max=255).gather(2, values), values)
@@ -244,8 +244,7 @@ def labelled(where):
     paths, labels = list_videos(where)
     if labels is None or None in labels:
         path = os.fsdecode(paths[labels.index(None) if labels else 0])
-        raise InputError(f"{where}: {path} has no label; give one sub-folder a class, or a list "
-                         "with 'path label' lines")
+        raise InputError(f"{where}: {path} has no label; give sub-folders, or 'path label' lines")
     return paths, labels
 
 def class_names(labels, where):
@@ -261,11 +260,9 @@ def class_names(labels, where):
 def label_numbers(labels, classes, where):
     """The class of each video, as a number."""
     number = {name: i for i, name in enumerate(classes)}
-    labels = [str(int(name)) if name.isdecimal() and name not in number else name
-              for name in labels]  # 07 is 7
+    labels = [name if name in number or not name.isdecimal() else str(int(name)) for name in labels]
     if unknown := sorted(set(labels) - number.keys()):
-        raise InputError(f"{where}: class {unknown[0]!r} is none of the {len(classes)} that were "
-                         "trained; take its videos out, or train with them")
+        raise InputError(f"{where}: class {unknown[0]!r} is none of the {len(classes)} of training")
     return np.array([number[name] for name in labels])
 
 def find_data(args, classes=None):
@@ -286,10 +283,9 @@ def find_data(args, classes=None):
         root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data) or "."
         names = [os.path.relpath(path, os.fsencode(root)) for path in paths]
         out = np.array([zlib.crc32(name) % 10 == 0 for name in names])
-        if out.all() or not out.any():
-            raise InputError(f"--data {args.data}: a tenth of {len(paths)} videos, by a hash of "
-                             f"their paths, is {out.sum()} for validation; give --val")
         print(f"no --val: a hash of their paths holds out {out.sum()} of {len(paths)} videos")
+        if out.all() or not out.any():
+            raise InputError(f"--data {args.data}: too few videos to hold out a tenth, give --val")
         data.train, data.train_labels = paths[~out], numbers[~out]
         data.val, data.val_labels = paths[out], numbers[out]
     if args.per_class:
@@ -316,20 +312,20 @@ def take_weights(model, content, path, new_head):
     """Weights of a checkpoint into a classifier. Says what was interpolated, and what left out."""
     weights, before = content["model"], content["model_args"]
     grid = grid_size([before[key] for key in ("frames", "height", "width")], before["patch"])
-    left_out = [name for name in weights if name.startswith(("decoder_", "mask_token"))
-                or new_head and name.startswith("head")]
+    others = ("decoder_", "mask_token") + ("head",) * new_head
+    left_out = [name for name in weights if name.startswith(others)]
     weights = {name: x for name, x in weights.items() if name not in left_out}
-    words = [f"{len(weights)} tensors loaded"]
-    if grid != model.encoder.grid:
-        weights = interpolate_pos_embed(weights, grid, model.encoder.grid)
-        words.append(f"positions interpolated from {grid} to {model.encoder.grid} patches")
+    words, here = [f"{len(weights)} tensors loaded"], model.encoder.grid
+    if grid != here:
+        weights = interpolate_pos_embed(weights, grid, here)
+        words.append(f"positions interpolated from {grid} to {here} patches")
     if new_head:
         weights |= {name: x for name, x in model.state_dict().items() if name.startswith("head")}
         words.append("a new head")
     left_out = sorted({name.split(".")[0] for name in [*left_out, *content.get("left_out", [])]})
     with in_a_line(f"{path} does not fit this model", RuntimeError, KeyError):
         model.load_state_dict(weights)
-    print(f"{path}: {', '.join(words)}{'; left out: ' * bool(left_out)}{', '.join(left_out)}")
+    print(f"{path}: {', '.join(words)}; left out: {', '.join(left_out) or 'nothing'}")
 
 def trained_classifier(args, content):
     """The classifier of a fine-tuned checkpoint and its class names, for evaluation."""
@@ -379,8 +375,7 @@ def score(model, paths, views, args):
 def ranks(scores, labels):
     """(n,) how many other classes score as high as the right one; last for an unreadable video."""
     right = np.take_along_axis(scores, np.asarray(labels)[:, None], 1)  # (n, 1)
-    last = scores.shape[1] + 5
-    return np.where(np.isnan(right[:, 0]), last, (scores >= right).sum(1) - 1)
+    return np.where(np.isnan(right[:, 0]), scores.shape[1] + 5, (scores >= right).sum(1) - 1)
 
 def accuracy(scores, labels, views):
     """A row for the log: top-1 and top-5 in per cent, and of how many videos and views."""
@@ -410,8 +405,7 @@ def fine_tune(args, data, content):
     if content and not args.scratch:
         before = content.get("classes"), content["model_args"].get("batch_norm", False)
         take_weights(model, content, args.init, new_head=before != (data.classes, args.probe))
-    model.encoder.requires_grad_(not args.probe)
-    model.to(args.device)
+    model.to(args.device).encoder.requires_grad_(not args.probe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{args.model}: {trained:.3g} M parameters to train{' from scratch' * args.scratch}; "
           f"{len(data.classes)} classes, {len(data.train)} videos, {len(data.val)} to validate")
@@ -450,8 +444,7 @@ def fine_tune(args, data, content):
         write_predictions(args.out, scores, data)
         with open(Path(args.out) / "log.jsonl", "a") as log:
             log.write(log_line(dict(step=args.steps, **row)))
-    print(f"done: {args.out}/last.pt, log.jsonl, predictions.jsonl; best.pt had "
-          f"{keep['best']['val_acc1']:.2f} % with one view after step {keep['best']['step']}")
+    print(f"done: {args.out}/last.pt, best.pt (step {keep['best']['step']}), predictions.jsonl")
     return row["val_acc1"]
 
 def train_and_compare(args, content):
@@ -507,7 +500,7 @@ def export_features(args, content):
 # ------------------------------------------------------------------------------------------ flags
 
 KINDS = {"clip": RandomClip, "segments": SegmentClip}
-# By size, as the paper code's configs for Kinetics-400 have them; tiny and small: as base.
+# By size, as in the paper code's configs for Kinetics-400; tiny and small: as base.
 RECIPE = {
     "base": dict(epochs=75, repeat=2, layer_decay=0.65, drop_path=0.1, dropout=0.3, warmup=5 / 75),
     "large": dict(epochs=50, repeat=2, layer_decay=0.75, drop_path=0.2, dropout=0.3, warmup=5 / 50),
@@ -583,8 +576,8 @@ def fill_in(args, content):
     known |= RECIPE.get(args.model or known["model"], RECIPE["base"])
     known |= dict(layer_decay=1.0) if args.scratch else {}
     vars(args).update({key: value for key, value in known.items() if getattr(args, key) is None})
-    command = "eval" if args.eval else "probe" if args.probe else "scratch" if args.scratch else ""
-    args.out = args.out or f"runs/{command or 'finetune'}"
+    command = [name for name in ("eval", "probe", "scratch") if getattr(args, name)] + ["finetune"]
+    args.out = args.out or f"runs/{command[0]}"
     with in_a_line("the videos do not fit the model", ValueError):
         grid_size((args.frames, *args.size), args.patch)
 

@@ -30,8 +30,7 @@ PIXEL_MEAN, PIXEL_STD = 0.45, 0.225  # of every channel, where white is 1 (both 
 # ---------------------------------------------------------------------------------------- patches
 
 def grid_size(video_size, patch):
-    """(T, H, W) and (u, p, q) -> (t, h, w), the number of patches along each axis.
-    Raises ValueError when the patches do not fill the video."""
+    """(T, H, W) and (u, p, q) -> (t, h, w), or ValueError when patches do not fill the video."""
     for name, length, step in zip(("frames", "height", "width"), video_size, patch):
         if length < 1 or step < 1 or length % step:
             raise ValueError(f"{name} {length} cannot be cut into patches of {step}: "
@@ -97,7 +96,7 @@ def random_masking(noise, grid, mask_ratio):
     B, *cells = noise.shape
     t, h, w = grid
     if len(cells) != 3 or any(cell not in (1, length) for cell, length in zip(cells, grid)):
-        raise ValueError(f"noise {tuple(noise.shape)} does not fit (B, {t}, {h}, {w}); 1 fits, too")
+        raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit (B, {t}, {h}, {w})")
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask ratio {mask_ratio} is out of range: give a number between 0 and 1")
     a, b, c = cells
@@ -174,8 +173,7 @@ def separable_pos_embed(grid, dim, start):
     """Learned position tables for time (t, D) and space (h * w, D).
 
     start: "normal", small random numbers as in both official codes; or "waves", sines and cosines,
-    time in the first quarter of D, height and width in the rest. Then near tokens are similar from
-    the first step. Raises ValueError for others.
+    time in the first quarter of D, space in the rest: near tokens are similar from the first step.
     """
     (t, h, w), a, b = grid, dim // 4, 3 * dim // 8
     if start == "normal":
@@ -222,7 +220,7 @@ class Encoder(nn.Module):
         return patchify(video, self.patch)
 
     def pos_embed(self):
-        """The positions of all tokens, time + space: (N, D)."""
+        """Time + space for all tokens: (N, D)."""
         return (self.pos_embed_temporal[:, None] + self.pos_embed_spatial).flatten(0, 1)
 
     def forward(self, patches, ids_keep=None):
@@ -444,8 +442,7 @@ def from_released(content):
     """A checkpoint of the paper code or of mae_st -> dict(model, model_args, left_out) as ours.
 
     mae_st's decoder differs (it has a class token of its own) and is left out. One of ours comes
-    back as it is. Raises ValueError when a tensor that the sizes are read from is missing.
-    """
+    back as it is. Raises ValueError where a tensor is missing or not finite."""
     released = content.get("model_state", content.get("model"))
     if not isinstance(released, dict) or not all(
             isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in released.items()):

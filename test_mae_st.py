@@ -1412,7 +1412,7 @@ def test_running_out_of_gpu_memory_is_one_line_that_says_what_to_change(capsys):
 
 def test_two_runs_cannot_share_a_folder_and_workers_do_not_hold_it(some_videos, tmp_path):
     args = argparse.Namespace(out=str(tmp_path), rank=0, world=1)
-    with train.run_folder(args) as (log, _):  # and a process that has the file open, like a worker
+    with train.run_folder(args) as (log, *_):  # and a process that has the file open, like a worker
         worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE,
                                   pass_fds=[log.fileno()])
         result = run_script("train.py", *arguments(some_videos, tmp_path, "--steps", 1), check=1)
@@ -2109,10 +2109,10 @@ def test_other_labels_or_other_weights_behind_the_same_names_are_another_run(lab
         finetune.main([*command, "--data", f"{tmp_path}/list.csv", "--init", f"{tmp_path}/init.pt"])
 
     run(labels, weights)
-    with pytest.raises(train.InputError, match="arguments: labels [0-9]+ -> [0-9]+\\. Go on"):
+    with pytest.raises(train.InputError, match="arguments: labels [0-9]+ -> [0-9]+\\. Use"):
         run([labels[-1], *labels[1:]], weights)
     weights["model"]["encoder.pos_embed_temporal"] += 1
-    with pytest.raises(train.InputError, match="arguments: init_weights [0-9]+ -> [0-9]+\\. Go on"):
+    with pytest.raises(train.InputError, match="arguments: init_weights [0-9]+ -> [0-9]+\\. Use"):
         run(labels, weights)
 
 def test_evaluation_is_the_same_on_one_and_two_processes(labelled, tmp_path, monkeypatch):

@@ -88,20 +88,15 @@ def check_size(picture):
         raise BadVideo(f"{picture.width} x {picture.height} pixels, at most {MAX_PIXELS} are read")
 
 def read_clips(path, clips, size):
-    """Several clips of one video from one decode: uint8 (R, T, H, W, 3). size: (H, W).
-
-    A clip says when (`times(seconds)`, of its T frames) and where (`box(width, height)`, the crop
-    and the flip), see `RandomClip`. Raises BadVideo when the file does not give them.
-    """
+    """Several clips of one video from one decode: uint8 (R, T, H, W, 3), or BadVideo. size: (H, W).
+    A clip says when (`times`) and where (`box`, the crop and the flip), see `RandomClip`."""
     with open_video(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size]
         shown = sorted(p.pts for p in packets if not p.is_discard and p.pts is not None)
         trusted = len({packet.pts for packet in packets} - {None}) == len(packets) and shown
-        if trusted and container.format.name != "avi":
-            out = read_needed(stream, packets, shown, clips, size)
-            if out is not None:
-                return out
-        return read_plainly(stream, packets, clips, size)
+        trusted = trusted and container.format.name != "avi"  # which stores no times
+        out = read_needed(stream, packets, shown, clips, size) if trusted else None
+        return read_plainly(stream, packets, clips, size) if out is None else out
 
 def read_needed(stream, packets, shown, clips, size):
     """`read_clips` by the packets' time stamps, or None if this file does not allow it."""
@@ -116,8 +111,7 @@ def decode_needed(decoder, packets, wanted):
 
     For a wanted frame decoding begins at the last key frame that is not shown later (the leading
     pictures of an open group need the group before), and FFmpeg skips the frames in between that no
-    other frame refers to. If what comes out first is not that key frame (intra refresh), we end.
-    """
+    other frame refers to. If what comes out first is not that key frame (intra refresh), we end."""
     needed, entry = set(), None
     for i, packet in enumerate(packets):
         if packet.pts in wanted:
@@ -128,8 +122,7 @@ def decode_needed(decoder, packets, wanted):
     one_layer = header[0] == 1 and header[21] >> 3 & 7 == 1  # are; they may refer to each other
     can_skip = decoder.name in ("h264", "mpeg4", "mpeg2video", "hevc" if one_layer else "h264")
     for i in sorted(needed):
-        skip = can_skip and packets[i].pts not in wanted
-        decoder.skip_frame = "NONREF" if skip else "DEFAULT"
+        decoder.skip_frame = "NONREF" if can_skip and packets[i].pts not in wanted else "DEFAULT"
         entry = packets[i].pts if i and i - 1 not in needed else entry
         frames = decoder.decode(packets[i])
         if i + 1 not in needed:
@@ -143,14 +136,12 @@ def decode_needed(decoder, packets, wanted):
             yield frame
 
 def read_plainly(stream, packets, clips, size):
-    """`read_clips` for any file: decode it all to learn when its frames are shown, then take the
-    wanted ones, from a second decode where the frames fill more than 64 MB."""
+    """`read_clips` for any file, by a full decode; by two where the frames fill over 64 MB."""
     def decode(decoder=stream.codec_context):
         decoder.flush_buffers()
         decoder.skip_frame = "DEFAULT"
-        for packet in packets:
+        for packet in [*packets, None]:
             yield from decoder.decode(packet)
-        yield from decoder.decode(None)
 
     pts, held, room = [], [], 2**26
     for frame in decode():
@@ -168,9 +159,8 @@ def read_plainly(stream, packets, clips, size):
     return out
 
 def frame_numbers(clips, pts, stream):
-    """Which frames the clips show, (R, T): the last that began at or before each of their times.
-    pts: the frames' time stamps; where they do not increase, the frames come at an even rate."""
-    if None in pts or any(b <= a for a, b in zip(pts, pts[1:])):
+    """Which frames the clips show, (R, T): the last that began at or before each of their times."""
+    if None in pts or any(b <= a for a, b in zip(pts, pts[1:])):  # no use: take an even rate
         seconds = np.arange(len(pts)) / float(stream.average_rate or stream.guessed_rate or 30)
     else:
         seconds = (np.array(pts) - pts[0]) * float(stream.time_base)
@@ -178,8 +168,7 @@ def frame_numbers(clips, pts, stream):
     return np.clip(np.searchsorted(seconds, times, side="right") - 1, 0, len(seconds) - 1)
 
 def render(clips, numbers, frames, size, stream):
-    """Put frames, pairs of number and frame, into their places: uint8 (R, T, H, W, 3), or None if
-    one of them does not come."""
+    """Put frames, pairs of number and frame, into their places: uint8 (R, T, H, W, 3), or None."""
     out, missing = np.empty((*numbers.shape, *size, 3), np.uint8), set(numbers.flat)
     aspect, graphs = float(stream.sample_aspect_ratio or 1), {}
     for number, frame in frames:
@@ -199,34 +188,29 @@ def render(clips, numbers, frames, size, stream):
             return out
 
 def crop_and_scale(frame, clip, size, aspect):
-    """FFmpeg's filters for frames like this one: turn upright, crop, scale, convert to RGB, flip.
-    aspect: width / height of a pixel."""
+    """FFmpeg's filters for frames like this: upright, cropped, scaled, RGB. aspect: a pixel's."""
     turned, width, height = frame.rotation % 360, frame.width, frame.height
     if turned in (90, 270):
         width, height, aspect = height, width, 1 / aspect
     (x, y, w, h), flip = clip.box(width * aspect, height)  # shares of the upright picture
     w, h = (min(side, max(2, round(part * side))) for part, side in ((w, width), (h, height)))
     x, y = min(round(x * width), width - w), min(round(y * height), height - h)
-    scale = ("scale", f"{size[1]}:{size[0]}:flags=bilinear")
-    steps = {90: [("transpose", "cclock")], 180: [("hflip", ""), ("vflip", "")],
-             270: [("transpose", "clock")]}.get(turned, []) + [("crop", f"{w}:{h}:{x}:{y}"), scale]
-    if frame.format.name == "yuv420p":  # scaled in YUV first: half the time
-        steps += [("format", "yuv420p"), scale]
-    steps += [("format", "rgb24")] + [("hflip", "")] * flip
+    turn = {90: ["transpose=cclock"], 180: ["hflip", "vflip"], 270: ["transpose=clock"]}
+    scale = f"scale={size[1]}:{size[0]}:flags=bilinear"
+    in_yuv = [scale, "format=yuv420p"] * (frame.format.name == "yuv420p")  # half the time
+    steps = turn.get(turned, []) + [f"crop={w}:{h}:{x}:{y}", *in_yuv, scale, "format=rgb24"]
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add("buffer", video_size=f"{frame.width}x{frame.height}", time_base="1/1000",
                        pix_fmt=frame.format.name, pixel_aspect="1/1",
                        colorspace=str(int(frame.colorspace)), range=str(int(frame.color_range)))
-    graph.link_nodes(source, *[graph.add(*step) for step in steps], graph.add("buffersink"))
-    graph.configure()
+    nodes = [graph.add(*step.split("=", 1)) for step in steps + ["hflip"] * flip]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
     return graph
 
 class RandomClip:
     """A clip at a random time and place: T frames, `stride` thirtieths of a second apart.
-
-    area: range of the crop's share of the picture ([0.5, 1] in pre-training); aspect 3/4 to 4/3.
-    """
+    area: range of the crop's share of the picture; its aspect is 3/4 to 4/3."""
 
     def __init__(self, rng, frames, stride, area=(0.5, 1.0), flip=True):
         self.start, self.flip = rng.random(), flip and rng.random() < 0.5
@@ -259,13 +243,11 @@ LINE = re.compile(rf'"?([^\0]+({"|".join(SUFFIXES)}))"?(?:[\s,]+([^\0]*))?'.repl
                   re.IGNORECASE)  # "path label", "path,label" or "path", the path perhaps in quotes
 
 def list_videos(data):
-    """A folder (flat, or one sub-folder a class) or a list file -> paths, and labels or None.
-    The paths are one array of bytes: of strings every data worker would get a copy."""
+    """A folder (flat, or one sub-folder a class) or a list file -> paths, and labels or None."""
     entries, seen = [], set()
     for folder, folders, names in os.walk(data, followlinks=True, onerror=print):
         if os.path.realpath(folder) in seen:  # a link upwards
-            folders.clear()
-            continue
+            folders[:], names = [], []
         seen.add(os.path.realpath(folder))
         label = os.path.relpath(folder, data).split(os.sep)[0].replace(".", "", folder == data)
         entries += [(os.path.join(folder, name), label or None) for name in names
@@ -281,14 +263,14 @@ def list_videos(data):
             entries.append((os.path.join(folder, match[1]), match[3] or None))
     if not entries:
         raise InputError(f"{data}: no video in it; looked for {' '.join(SUFFIXES)}")
-    paths, labels = zip(*entries)
+    paths, labels = zip(*entries)  # one array of bytes, since each data worker copies strings
     return np.array([os.fsencode(path) for path in paths]), labels if any(labels) else None
 
 def rng_of(*numbers):
-    """Random numbers that follow from these numbers alone; the second one keeps uses apart."""
+    """Random numbers that follow from these alone: the seed, the use (one of those below), ..."""
     return np.random.default_rng(numbers)
 
-ORDER, CLIP, REPLACEMENT = range(3)  # uses
+ORDER, CLIP, REPLACEMENT = range(3)
 
 class VideoClips(Dataset):
     """Samples of video files. `fit` takes any data set that follows this protocol:
@@ -301,15 +283,13 @@ class VideoClips(Dataset):
     clips.name(k)  the file of sample k, for messages
 
     Everything random here follows from (seed, k, repeat), not from worker, rank or time. Sample k
-    is video perm(seed, k // n)[k % n] of n; for one that cannot be read k determines another.
-    """
+    is video perm(seed, k // n)[k % n] of n; for one that cannot be read k determines another."""
 
     def __init__(self, paths, *, seed, repeat, frames, stride, size, noise=None, labels=None,
                  area=(0.5, 1.0), flip=True, kind=RandomClip):
         self.paths, self.seed, self.repeat, self.size = paths, seed, repeat, size
         self.look, self.kind, self.labels = (frames, stride, area, flip), kind, labels
-        self.noise = noise  # (strategy, grid)
-        self.order = (None, None)  # the present pass, and its permutation
+        self.noise, self.order = noise, (None, None)  # (strategy, grid); (pass, its permutation)
 
     def __len__(self):
         return len(self.paths)
@@ -342,8 +322,8 @@ class VideoClips(Dataset):
         if self.noise:
             strategy, grid = self.noise
             seeds = [int(rng_of(self.seed, CLIP, k, r, 1).integers(2**62)) for r in repeats]
-            rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-            item["noise"] = torch.cat([mask_noise(strategy, 1, grid, rng) for rng in rngs])
+            item["noise"] = torch.cat([mask_noise(
+                strategy, 1, grid, torch.Generator().manual_seed(seed)) for seed in seeds])
         return item
 
 def collate(items):
@@ -383,8 +363,7 @@ def moving_shapes(rng, move, frames, size):
     angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.5, 1.0) * size / 32
     flow = speed * np.array([math.cos(angle), -math.sin(angle)])  # x, y, pixels per frame
     t, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
-    # The texture: plane waves, the longer the stronger, as in natural pictures. Where the scene
-    # has moved by d, the phase of a wave has turned by wave * d.
+    # The texture: plane waves, the longer the stronger. Moved by d, their phase turns by wave * d.
     length = size * np.exp(rng.uniform(math.log(0.25), math.log(1.5), 24))
     direction = rng.uniform(0, 2 * math.pi, 24)
     wave = 2 * math.pi / length * np.array([np.cos(direction), np.sin(direction)])  # (2, 24)
@@ -407,27 +386,24 @@ def moving_shapes(rng, move, frames, size):
     return video.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # (T, H, W, 3)
 
 def generate_files(folder, makers, **options):
-    """Write generated videos to a folder, unless it is there: all of them or none. makers: file
-    name -> function that makes its frames."""
-    if not os.path.isdir(folder):
-        with in_a_line(f"cannot write videos to {folder}, make room", OSError):
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as unfinished:
-                for name, make in tqdm(makers.items(), desc=f"writing {folder}", unit="video"):
-                    path = Path(unfinished, "all", name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_video(path, make(), 30, **options)
-                os.rename(f"{unfinished}/all", folder)
+    """Write videos, file name -> function that makes its frames, all or none, if not yet there."""
+    if os.path.isdir(folder):
+        return
+    with in_a_line(f"cannot write videos to {folder}, make room", OSError):
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as unfinished:
+            for name, make in tqdm(makers.items(), desc=f"writing {folder}", unit="video"):
+                path = Path(unfinished, "all", name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_video(path, make(), 30, **options)
+            os.rename(f"{unfinished}/all", folder)
 
 def generate_videos(folder, args, per_class=100, held_out=40, frames=48, size=64):
-    """Labelled videos in folder/train and folder/val, one sub-folder a motion. Process 0 writes
-    them, the others wait."""
-    makers = {}
-    for part, (name, count) in enumerate((("train", per_class), ("val", held_out))):
-        for i in range(count):
-            for number, move in enumerate(MOVES):
-                look = rng_of(0, part, number, i), move, frames, size
-                makers[f"{name}/{move}/{i:04d}.mp4"] = functools.partial(moving_shapes, *look)
+    """Labelled videos in folder/train and folder/val, one sub-folder a motion; -> folder"""
+    makers = {f"{name}/{move}/{i:04d}.mp4": functools.partial(
+                  moving_shapes, rng_of(0, part, number, i), move, frames, size)
+              for part, (name, count) in enumerate((("train", per_class), ("val", held_out)))
+              for i in range(count) for number, move in enumerate(MOVES)}
     if args.rank == 0:
         generate_files(folder, makers, crf="18")
     if args.world > 1:
@@ -448,12 +424,10 @@ def whole_file(path):
                 os.fsync(file.fileno())
             unfinished.replace(path)
     finally:
-        if unfinished.exists():
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
 
 def write_video(path, frames, fps, **options):
-    """uint8 (T, H, W, 3) -> an H.264 file. The same frames give the same bytes: one thread, and no
-    mbtree, whose result varies from run to run."""
+    """uint8 (T, H, W, 3) -> an H.264 file, the same bytes each time: one thread, and no mbtree."""
     options = {"threads": "1", "mbtree": "0", "preset": "veryfast"} | options
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
@@ -465,8 +439,8 @@ def write_video(path, frames, fps, **options):
 
 @torch.no_grad()
 def write_pictures(out, model, video, mask_ratio, noise):
-    """reconstruction.png (three rows a clip: original, masked, reconstruction; time runs to the
-    right) and reconstruction.mp4 (the three side by side) of video (B, T, H, W, 3) in `out`."""
+    """Of video (B, T, H, W, 3): original, masked and reconstruction in rows, time to the right, as
+    out/reconstruction.png, and side by side as out/reconstruction.mp4."""
     video = video.permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W)
     filled, mask = model.reconstruct(video, mask_ratio, noise)  # (B, 3, T', H, W), (B, t, h, w)
     for axis, times in enumerate(model.target_patch, start=1):
@@ -494,8 +468,7 @@ def save_checkpoint(path, content, keep=1):
                 newer.replace(older)
 
 def read_checkpoint(path):
-    """A checkpoint, on the CPU, or an InputError. Only tensors and plain values are loaded, so it
-    cannot run code."""
+    """A checkpoint, on the CPU. Only tensors and plain values are loaded: it cannot run code."""
     if not os.path.isfile(path):
         raise InputError(f"{path} is no file; give a checkpoint that train.py wrote")
     with in_a_line(f"{path} is damaged, or no checkpoint of tensors and plain values", Exception):
@@ -530,6 +503,10 @@ DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), 
 DTYPES = dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)  # of --amp
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
@@ -550,8 +527,7 @@ def between(low, high, kind=float):
 def sizes(count):
     """For argparse: "2x16x16" -> three whole numbers; of two, 224 means 224x224."""
     def size(value):
-        numbers = tuple(int(part) for part in value.split("x"))
-        numbers = numbers * 2 if (len(numbers), count) == (1, 2) else numbers
+        numbers = tuple(map(int, value.split("x"))) * (2 if count == 2 and "x" not in value else 1)
         if len(numbers) != count or not all(1 <= number <= 8192 for number in numbers):
             raise argparse.ArgumentTypeError(f"{value} is not {count} numbers from 1 to 8192")
         return numbers
@@ -559,8 +535,7 @@ def sizes(count):
 
 def shared_flags(description):
     """A parser with the flags of train.py and finetune.py."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description)
     add, count, positive = parser.add_argument, between(1, 10**9, int), between(1e-12, 1e9)
     few, onoff = between(1, 65536, int), argparse.BooleanOptionalAction
     add("--data", type=text, help="folder of videos or list file; without it some are generated")
@@ -657,8 +632,7 @@ def batches_on_device(clips, args, start, awaited):
     """The batches from step `start` on, on the device, their video as (B * R, 3, T, H, W).
 
     A step takes batch_size * accum * world samples in order; its micro-batch a on rank r is the
-    slice a * world + r of them. awaited[:] are the samples that are being read.
-    """
+    slice a * world + r of them. awaited[:] are the samples that are being read."""
     def samples():
         for micro in range(start * args.accum, args.steps * args.accum):
             first = (micro * args.world + args.rank) * args.batch_size
@@ -669,10 +643,10 @@ def batches_on_device(clips, args, start, awaited):
     batches = iter(loader(clips, args, batch_sampler=samples(), collate_fn=collate, pin_memory=gpu))
     for done, awaited[:] in enumerate(samples()):
         batch = next(batches)
-        for line in (bad := batch.pop("bad", [])):
-            if line not in skipped:
+        for line in batch.pop("bad", []):
+            skipped[line] += 1
+            if skipped[line] == 1:
                 tqdm.write(f"skipped, another video takes its place: {line}", file=sys.stderr)
-        skipped.update(bad)
         if (failed := skipped.total()) >= 8 and failed > done * args.batch_size:
             raise InputError(f"{failed} videos cannot be read, and fewer can, so the list is "
                              f"probably wrong: {'; '.join(list(skipped)[:3])}")
@@ -744,10 +718,10 @@ def resume(args, parts, keep, log):
         return 0
     with in_a_line(f"{path} is no checkpoint of such a run, choose another --out", Exception):
         before, now = content["identity"], keep["identity"]
-        if changed := [key for key, value in now.items() if before.get(key) != value]:
-            changes = "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
-            raise InputError(f"--out {args.out} holds a run with other arguments: {changes}. "
-                             "Go on with the old ones, or choose another --out")
+        if changes := [f"{key} {before.get(key)} -> {value}" for key, value in now.items()
+                       if before.get(key) != value]:
+            raise InputError(f"--out {args.out} holds a run with other arguments: "
+                             f"{'; '.join(changes)}. Use the old ones, or choose another --out")
         for name, part in parts.items():
             part.load_state_dict(content[name])
         keep.update({key: content[key] for key in keep})
@@ -763,7 +737,8 @@ def log_line(row):
 
 @contextlib.contextmanager
 def run_folder(args):
-    """The log of the folder --out, locked against other runs, and a list of signals to stop."""
+    """The log of the folder --out, locked against other runs; a list of the signals to stop that
+    came; and a stack for what is to be closed at the end."""
     def receive(number, _):
         if number == signal.SIGINT and args.world == 1:  # torchrun sends each Ctrl-C twice
             signal.signal(number, signal.SIG_DFL)
@@ -771,18 +746,16 @@ def run_folder(args):
         os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n")
 
     out, stop = Path(args.out), []
-    with in_a_line(f"--out {out} cannot be used, perhaps since another run does", OSError):
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl" if args.rank == 0 else os.devnull, "a", buffering=1)
-        if args.rank == 0:
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit it
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield log, stop
-    finally:
-        log.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with contextlib.ExitStack() as at_end:
+        with in_a_line(f"--out {out} cannot be used, perhaps since another run does", OSError):
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "log.jsonl" if args.rank == 0 else os.devnull, "a", buffering=1)
+            at_end.enter_context(log)
+            if args.rank == 0:
+                fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            at_end.callback(signal.signal, number, signal.signal(number, receive))
+        yield log, stop, at_end
 
 def check_finite(row, scaler, clips, args):
     """Stop at a loss or gradient that is not finite. With a scaler some gradients may overflow."""
@@ -799,18 +772,19 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
 
     clips: see `VideoClips`. loss_of(model, batch) -> dict(loss=..., and more numbers to log) of a
     micro-batch. keep: plain values that travel in the checkpoint. at_save(step) is called before
-    each checkpoint; what it returns is a row of the log, or None.
-    """
-    dtype = DTYPES[args.amp]
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+    each checkpoint; what it returns is a row of the log, or None."""
+    dtype, scaler = DTYPES[args.amp], torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts, awaited = dict(model=model, optimizer=optimizer, scaler=scaler), []
-    with run_folder(args) as (log, stop), data_errors(lambda: map(clips.name, awaited)):
+    with run_folder(args) as (log, stop, at_end), data_errors(lambda: map(clips.name, awaited)):
         start = resume(args, parts, keep, log)
         forward = torch.compile(model) if args.compile else model
         if args.world > 1:  # DDP cuts a compiled model where a bucket is full, so few large ones
-            forward = DistributedDataParallel(forward, None, bucket_cap_mb=100)
+            forward = DistributedDataParallel(forward, bucket_cap_mb=100,
+                                              gradient_as_bucket_view=True)
         bar = tqdm(total=args.steps, initial=start, unit="step", disable=args.rank > 0)
         batches = batches_on_device(clips, args, start, awaited)
+        at_end.callback(batches.close)  # ends the data workers
+        at_end.enter_context(bar)
         batch = next(batches, None)
         for step in range(start + 1, args.steps + 1):
             begin, waits, sums = mark(args.device), [], Counter()
@@ -839,8 +813,8 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
             stopping = row.pop("stop") > 0
             log.write(log_line(row))
             check_finite(row, scaler, clips, args)
-            bar.set_postfix_str("loss {loss:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait "
-                                "{data_wait:.0%}".format(**row), refresh=False)
+            bar.set_postfix_str("loss {loss:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} "
+                                "wait {data_wait:.0%}".format(**row), refresh=False)
             bar.update()
             if stopping or step % args.save_every == 0 or step == args.steps:
                 if note := at_save(step):
@@ -918,35 +892,32 @@ def reconstruct(args):
         raise InputError("--reconstruct needs a trained model: give a checkpoint with --init")
     content = load_init(args.init)
     model = build(MaskedAutoencoder, content["model_args"], content["model"], args.init)
-    trained = dict(mask_ratio=0.9, strategy="agnostic", stride=4) | content.get("identity", {})
-    ratio, strategy, stride = (trained[key] if getattr(args, key) is None else getattr(args, key)
-                               for key in ("mask_ratio", "strategy", "stride"))
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    use = dict(mask_ratio=0.9, strategy="agnostic", stride=4) | content.get("identity", {}) | given
     frames, *size = model.encoder.video_size
-    clips = [RandomClip(rng_of(args.seed, CLIP, 0, i), frames, stride) for i in range(4)]
+    clips = [RandomClip(rng_of(args.seed, CLIP, 0, i), frames, use["stride"]) for i in range(4)]
     rng, out = torch.Generator().manual_seed(args.seed), Path(args.out)
     with in_a_line(f"--reconstruct {args.reconstruct}", BadVideo, ValueError, OSError):
         out.mkdir(parents=True, exist_ok=True)
-        noise = mask_noise(strategy, 4, model.encoder.grid, rng).to(args.device)
+        noise = mask_noise(use["strategy"], 4, model.encoder.grid, rng).to(args.device)
         video = torch.from_numpy(read_clips(args.reconstruct, clips, size)).to(args.device)
-        write_pictures(out, model.to(args.device), video, ratio, noise)
-    print(f"{out}/reconstruction.png and .mp4: {ratio:.0%} hidden ({strategy})")
-
-def what_is_wrong(path):
-    """Why a file cannot be read to its end, or None."""
-    try:
-        with open_video(path) as (container, stream):
-            return None if any([True for _ in container.decode(stream)]) else "no frame in it"
-    except BadVideo as reason:
-        return str(reason)
+        write_pictures(out, model.to(args.device), video, use["mask_ratio"], noise)
+    print(f"{out}/reconstruction.png and .mp4: {use['mask_ratio']:.0%} hidden ({use['strategy']})")
 
 def check_data(args):
     """Decode every file once; name the bad ones."""
+    def what_is_wrong(path):
+        try:
+            with open_video(path) as (container, stream):
+                return [] if sum(1 for _ in container.decode(stream)) else [f"{path}: no frame"]
+        except BadVideo as reason:
+            return [f"{path}: {reason}"]
+
     paths, bad = [os.fsdecode(path) for path in list_videos(args.data)[0]], []
-    reasons = iter(loader(paths, args, batch_size=None, collate_fn=what_is_wrong))
+    answers = iter(loader(paths, args, batch_size=None, collate_fn=what_is_wrong))
     for path in tqdm(paths, unit="video"):
         with data_errors(lambda: [path]):
-            reason = next(reasons)
-        bad += [f"{path}: {reason}"] * bool(reason)
+            bad += next(answers)
     print(*bad, f"{len(paths)} videos, {len(bad)} bad", sep="\n")
     return len(bad) > 0
 
