@@ -588,7 +588,9 @@ def setup(args):
         ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     if args.rank > 0:  # process 0 speaks for all; errors of the others go to stderr
         sys.stdout = open(os.devnull, "w")
-    gpus, cpus = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cpus = len(os.sched_getaffinity(0))
     gpu = args.device == "cuda" or args.device == "auto" and gpus > 0
     if gpu and local >= gpus:
         raise InputError(f"process {local} of this machine has no GPU, torch sees {gpus}: give "
@@ -641,14 +643,14 @@ def batches_on_device(clips, args, start, awaited):
     gpu, skipped = args.device == "cuda", Counter()
     side = torch.cuda.Stream() if gpu else None  # copies while a step computes
     batches = iter(loader(clips, args, batch_sampler=samples(), collate_fn=collate, pin_memory=gpu))
-    for done, awaited[:] in enumerate(samples()):
+    for number, awaited[:] in enumerate(samples(), start=1):
         batch = next(batches)
         for line in batch.pop("bad", []):
             skipped[line] += 1
             if skipped[line] == 1:
                 tqdm.write(f"skipped, another video takes its place: {line}", file=sys.stderr)
-        if (failed := skipped.total()) >= 8 and failed > done * args.batch_size:
-            raise InputError(f"{failed} videos cannot be read, and fewer can, so the list is "
+        if (failed := skipped.total()) >= 8 and failed > (good := number * args.batch_size):
+            raise InputError(f"{failed} of {failed + good} videos cannot be read, so the list is "
                              f"probably wrong: {'; '.join(list(skipped)[:3])}")
         with torch.cuda.stream(side) if gpu else contextlib.nullcontext():
             tensors = {key: x.to(args.device, non_blocking=True) for key, x in batch.items()
