@@ -278,7 +278,7 @@ class VideoClips(Dataset):
     len(clips)     how many videos there are
     clips[k]       sample k = 0, 1, 2, ... without end, a dict with
         video      uint8 (R, T, H, W, 3), R clips of one video
-        noise ...  tensors and lists for `loss_of`, concatenated in a batch; see `mask_noise`
+        noise      (R, a, b, c), see `mask_noise`; and more tensors or lists for `loss_of`
         bad        optional: a list of lines that say what could not be read
     clips.name(k)  the file of sample k, for messages
 
@@ -332,7 +332,7 @@ def collate(items):
             else sum((item[key] for item in items), []) for key, value in items[0].items()}
 
 def loader(dataset, args, **options):
-    """A DataLoader. Its workers ignore signals: the processes finish their step, then end them."""
+    """A DataLoader whose workers ignore signals: a process finishes its step, then ends them."""
     def ignore_signals(_):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -537,7 +537,7 @@ def shared_flags(description):
     """A parser with the flags of train.py and finetune.py."""
     parser = Parser(description)
     add, count, positive = parser.add_argument, between(1, 10**9, int), between(1e-12, 1e9)
-    few, onoff = between(1, 65536, int), argparse.BooleanOptionalAction
+    size, onoff = between(1, 65536, int), argparse.BooleanOptionalAction
     add("--data", type=text, help="folder of videos or list file; without it some are generated")
     add("--frames", type=between(1, 1024, int), default=16, help="of a clip")
     add("--stride", type=positive, default=4.0, help="between frames, in thirtieths of a second")
@@ -548,8 +548,8 @@ def shared_flags(description):
     add("--checkpointing", action="store_true", help="less memory, a third more time")
     add("--epochs", type=positive, default=200.0, help="passes over the list")
     add("--steps", type=count, help="optimizer steps in all, in place of --epochs")
-    add("--batch-size", type=few, help="videos per process and micro-batch (GPU: 16, CPU: 2)")
-    add("--accum", type=few, default=1, help="micro-batches per step")
+    add("--batch-size", type=size, help="videos per process and micro-batch (GPU: 16, CPU: 2)")
+    add("--accum", type=size, default=1, help="micro-batches per step")
     add("--weight-decay", type=between(0, 10), default=0.05, help="of matrices and tables")
     add("--clip", type=positive, default=0.02, help="largest norm of the gradient")
     add("--seed", type=between(0, 2**31, int), default=0, help="everything random follows from it")
@@ -576,7 +576,7 @@ def parse_arguments(argv=None):
     add("--reconstruct", type=text, metavar="VIDEO", help="only show what --init makes of it")
     add("--check-data", action="store_true", help="only read every file of --data once")
     given = parser.parse_known_args(argv, argparse.Namespace(epochs=None))[0]
-    if given.reconstruct:  # the checkpoint knows better
+    if given.reconstruct:  # these come from the checkpoint
         parser.set_defaults(mask_ratio=None, strategy=None, stride=None, out="runs/reconstruct")
     elif given.data is None:
         parser.set_defaults(**DEMO | (dict(steps=None) if given.epochs else {}))
@@ -717,6 +717,8 @@ def resume(args, parts, keep, log):
     if len(set(of_all_processes([content and content.get("step")], args))) > 1:
         raise InputError(f"--out {args.out} must be a folder that all processes share")
     if content is None:
+        if args.rank == 0:
+            log.truncate(0)  # of a run that ended before its first checkpoint
         return 0
     with in_a_line(f"{path} is no checkpoint of such a run, choose another --out", Exception):
         before, now = content["identity"], keep["identity"]
@@ -728,7 +730,7 @@ def resume(args, parts, keep, log):
             part.load_state_dict(content[name])
         keep.update({key: content[key] for key in keep})
         if args.rank == 0:
-            log.truncate(min(content["log_bytes"], log.tell()))  # no step stands there twice
+            log.truncate(min(content["log_bytes"], log.tell()))  # so that no step is logged twice
         print(f"going on from {path} after step {content['step']:d} of {args.steps}")
         return content["step"]
 
@@ -742,10 +744,10 @@ def run_folder(args):
     """The log of the folder --out, locked against other runs; a list of the signals to stop that
     came; and a stack for what is to be closed at the end."""
     def receive(number, _):
-        if number == signal.SIGINT and args.world == 1:  # torchrun sends each Ctrl-C twice
-            signal.signal(number, signal.SIG_DFL)
         stop.append(number)
-        os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n")
+        if args.world == 1:  # torchrun sends each Ctrl-C twice
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n")
 
     out, stop = Path(args.out), []
     with contextlib.ExitStack() as at_end:
@@ -772,24 +774,23 @@ def check_finite(row, scaler, clips, args):
 def fit(args, model, optimizer, clips, loss_of, keep, at_save):
     """Train to the last step, from the newest checkpoint in --out if there is one.
 
-    clips: see `VideoClips`. loss_of(model, batch) -> dict(loss=..., and more numbers to log) of a
-    micro-batch. keep: plain values that travel in the checkpoint. at_save(step) is called before
-    each checkpoint; what it returns is a row of the log, or None."""
+    optimizer: fused. clips: see `VideoClips`. loss_of(model, batch) -> dict(loss=..., more numbers
+    to log) of a micro-batch. keep: plain values for the checkpoint. at_save(step), called before
+    each checkpoint, may return a row for the log."""
     dtype, scaler = DTYPES[args.amp], torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts, awaited = dict(model=model, optimizer=optimizer, scaler=scaler), []
     with run_folder(args) as (log, stop, at_end), data_errors(lambda: map(clips.name, awaited)):
         start = resume(args, parts, keep, log)
         forward = torch.compile(model) if args.compile else model
-        if args.world > 1:  # DDP cuts a compiled model where a bucket is full, so few large ones
+        if args.world > 1:  # large buckets: DDP splits a compiled model where one is full
             forward = DistributedDataParallel(forward, bucket_cap_mb=100,
                                               gradient_as_bucket_view=True)
-        bar = tqdm(total=args.steps, initial=start, unit="step", disable=args.rank > 0)
+        bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=args.rank > 0))
         batches = batches_on_device(clips, args, start, awaited)
         at_end.callback(batches.close)  # ends the data workers
-        at_end.enter_context(bar)
         batch = next(batches, None)
         for step in range(start + 1, args.steps + 1):
-            begin, waits, sums = mark(args.device), [], Counter()
+            begin, waits, sums, seen = mark(args.device), [], Counter(), 0
             lr = learning_rate(step - 1, args.steps, args.peak_lr, args.warmup, args.last_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("scale", 1)
@@ -799,7 +800,9 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
                     with torch.autocast(args.device, dtype, enabled=dtype is not None):
                         numbers = loss_of(forward, batch)
                     scaler.scale(numbers["loss"] / args.accum).backward()
-                sums.update({name: x.detach() / args.accum for name, x in numbers.items()})
+                sums.update({name: torch.as_tensor(number).detach() / args.accum
+                             for name, number in numbers.items()})
+                seen += len(batch["video"])
                 if last:
                     norm = update(optimizer, scaler, model.parameters(), args.clip, sums["loss"])
                 free = mark(args.device)
@@ -809,7 +812,7 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
             row = dict(step=step, epoch=step * args.videos_per_step / len(clips))
             row |= mean_of_all_processes(dict(
                 sums, lr=lr, grad_norm=norm, stop=len(stop),
-                clips_per_s=args.videos_per_step * args.repeat / seconds,
+                clips_per_s=seen * args.world / seconds,
                 data_wait=sum(elapsed(*wait) for wait in waits) / seconds), args)
             row["peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9 or None  # CPU: null
             stopping = row.pop("stop") > 0
@@ -831,14 +834,14 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
 
 # ----------------------------------------------------------------------------------- pre-training
 
-# Flags that do not decide what is computed. The others must be as before for a run to go on.
-FREE = set("data out workers data_timeout device compile save_every keep batch_size accum rank "
-           "world checkpointing epochs reconstruct check_data val views compare eval".split())
+# Flags that a run may go on with though they have changed; all others must be as before.
+MAY_CHANGE = set("data out workers data_timeout device compile save_every keep batch_size accum "
+                 "rank world checkpointing epochs reconstruct check_data val views compare".split())
 
 def identity(args, paths):
-    """What decides what is computed: most flags, and the list, wherever its folder lies."""
+    """What must be as before for a run to go on: most flags, and the list, whatever its folder."""
     root = os.path.dirname(os.path.commonprefix(list(paths)))
-    return {key: value for key, value in vars(args).items() if key not in FREE} | dict(
+    return {key: value for key, value in vars(args).items() if key not in MAY_CHANGE} | dict(
         list=zlib.crc32(b"\n".join(paths).replace(root, b"")))
 
 def loss_of_the_mean(model, video, mask_ratio, noise):
@@ -883,7 +886,7 @@ def pretrain(args, clips=None):
 
     with tempfile.TemporaryDirectory() as folder:  # sizes that cannot be encoded are refused now
         draw(0, Path(folder))
-    keep = dict(identity=identity(args, paths), model_args=model_args)
+    keep = dict(identity=identity(args, paths) | dict(videos=len(clips)), model_args=model_args)
     fit(args, model, optimizer, clips, loss_of, keep, at_save=draw)
     draw(args.steps)
     print(f"done: {args.out}/last.pt, log.jsonl, reconstruction.png and .mp4")
