@@ -968,8 +968,10 @@ def torchrun(*command, **options):
 def script(tmp_path):
     """A script that runs train.py after the lines it is given."""
     def write(lines, name="script.py"):
-        (tmp_path / name).write_text(f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\n"
-                                     f"import train\n{lines}\ntrain.run_script(train.main)\n")
+        (tmp_path / name).write_text(  # a shell's background processes ignore SIGINT
+            f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"{lines}\ntrain.run_script(train.main)\n")
         return tmp_path / name
     return write
 
