@@ -252,7 +252,7 @@ def class_names(labels, where):
     names = sorted(set(labels))
     if os.path.isdir(where) or not any(re.fullmatch(r"[-+]?\d*\.?\d+", name) for name in names):
         return names
-    if wrong := [name for name in names if not name.isdecimal() or int(name) >= 100_000]:
+    if wrong := [name for name in names if not name.isdecimal() or len(name) > 5]:
         raise InputError(f"{where}: label {wrong[0]!r} is no whole number from 0 to 99999, and "
                          "others are numbers; number all classes, or name them all")
     return [str(number) for number in range(1 + max(map(int, names)))]
@@ -260,7 +260,7 @@ def class_names(labels, where):
 def label_numbers(labels, classes, where):
     """The class of each video, as a number."""
     number = {name: i for i, name in enumerate(classes)}
-    labels = [name if name in number or not name.isdecimal() else str(int(name)) for name in labels]
+    labels = [x if x in number or not re.fullmatch(r"\d{1,5}", x) else str(int(x)) for x in labels]
     if unknown := sorted(set(labels) - number.keys()):
         raise InputError(f"{where}: class {unknown[0]!r} is none of the {len(classes)} of training")
     return np.array([number[name] for name in labels])
@@ -288,7 +288,7 @@ def find_data(args, classes=None):
             raise InputError(f"--data {args.data}: too few videos to hold out a tenth, give --val")
         data.train, data.train_labels = paths[~out], numbers[~out]
         data.val, data.val_labels = paths[out], numbers[out]
-    if args.per_class:
+    if args.per_class and args.data:
         taken, rows = Counter(), []
         for i in rng_of(args.seed, FEW).permutation(len(data.train)):
             taken[data.train_labels[i]] += 1
@@ -415,11 +415,11 @@ def fine_tune(args, data, content):
     clips = VideoClips(data.train, seed=args.seed, repeat=args.repeat, frames=args.frames,
                        stride=args.stride, size=args.size, labels=data.train_labels,
                        area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling])
-    # One table stands for all weights of --init: training moves it.
     table = content["model"]["encoder.pos_embed_temporal"] if content else torch.zeros(0)
     keep = dict(identity=identity(args, data.train) | dict(
         labels=zlib.crc32(np.array(data.train_labels).tobytes()), classes=len(data.classes),
-        init_weights=zlib.crc32(table.float().numpy().tobytes())),
+        micro_batch=[args.batch_size, args.accum, args.world],  # which is mixed as a whole
+        init_weights=zlib.crc32(table.float().numpy().tobytes())),  # of one table, for all
         model_args=model_args, classes=data.classes, best=dict(val_acc1=-1.0, step=0))
 
     def loss_of(model, batch):

@@ -1166,6 +1166,8 @@ def test_pictures_show_original_masked_and_reconstruction(videos, tmp_path):
                              torch.rand(1, *GRID))
         image = first_picture(tmp_path / "reconstruction.png")[:48:4, ::4]
         assert np.array_equal(image, np.concatenate(list(frames[0].numpy()), axis=1))
+    assert_refused("--reconstruct gone.mp4: no such file", train.main, [
+        "--reconstruct", "gone.mp4", "--init", f"{tmp_path}/run/last.pt", "--device", "cpu"])
 
 def test_wrong_input_is_one_line(videos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1223,6 +1225,7 @@ def test_check_data_names_the_bad_files(bad_files, videos, capsys):
     assert not train.main([*check, str(videos), "--workers", "0"])
     said = run_script("train.py", *check, bad_files / "odd", check=1).stdout
     assert "\\udcff.mp4: no video: Invalid data" in said
+    assert_refused("--check-data reads the videos of --data", train.main, ["--check-data"])
 
 # ------------------------------------------------------------------------ what happens to long runs
 
@@ -1999,6 +2002,7 @@ def test_a_classifier_predicts_and_is_trained_on(labelled, tmp_path, monkeypatch
     assert "from scratch" in capsys.readouterr().out
     assert_refused("gone.mp4 cannot be read", finetune.main,
                    ["--predict", "gone.mp4", "--device", "cpu"])
+    finetune.main(["--eval", "--val", f"{labelled}/val", "--per-class", "1", "--device", "cpu"])
 
 def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ read, flags and machine, the training loop `fit`, pre-training.
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -55,7 +56,7 @@ def in_a_line(what, *kinds, to=InputError):
     try:
         yield
     except kinds as error:
-        if isinstance(error, (InputError, BadVideo)) or "DataLoader" in str(error):
+        if isinstance(error, (InputError, to)) or "DataLoader" in str(error):
             raise  # it is one line already, or a data worker has died: see `data_errors`
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise to(f"{what}: {' '.join(reason.split())[:500]}") from error
@@ -245,7 +246,8 @@ LINE = re.compile(rf'"?([^\0]+({"|".join(SUFFIXES)}))"?(?:[\s,]+([^\0]*))?'.repl
 def list_videos(data):
     """A folder (flat, or one sub-folder a class) or a list file -> paths, and labels or None."""
     entries, seen = [], set()
-    for folder, folders, names in os.walk(data, followlinks=True, onerror=print):
+    inside = os.walk(data, followlinks=True, onerror=print) if os.path.isdir(data) else ()
+    for folder, folders, names in inside:
         if os.path.realpath(folder) in seen:  # a link upwards
             folders[:], names = [], []
         seen.add(os.path.realpath(folder))
@@ -255,9 +257,11 @@ def list_videos(data):
     entries.sort(key=lambda entry: entry[0])
     if not os.path.isdir(data):
         with in_a_line(f"{data}: no such folder or list file", OSError):
-            text = Path(data).read_text(encoding="utf-8-sig", errors="surrogateescape")
+            if not os.path.isfile(data):
+                raise FileNotFoundError("a regular file is needed")
+            content = Path(data).read_text(encoding="utf-8-sig", errors="surrogateescape")
         folder = os.path.dirname(os.path.abspath(data))
-        for line in filter(None, map(str.strip, text.split("\n"))):
+        for line in filter(None, map(str.strip, content.split("\n"))):
             if not (match := LINE.fullmatch(line)):
                 raise InputError(f"{data}: {line[:200]!r} names no video ({' '.join(SUFFIXES)})")
             entries.append((os.path.join(folder, match[1]), match[3] or None))
@@ -396,7 +400,8 @@ def generate_files(folder, makers, **options):
                 path = Path(unfinished, "all", name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_video(path, make(), 30, **options)
-            os.rename(f"{unfinished}/all", folder)
+            if not os.path.isdir(folder):  # another run may have been faster
+                os.rename(f"{unfinished}/all", folder)
 
 def generate_videos(folder, args, per_class=100, held_out=40, frames=48, size=64):
     """Labelled videos in folder/train and folder/val, one sub-folder a motion; -> folder"""
@@ -413,15 +418,21 @@ def generate_videos(folder, args, per_class=100, held_out=40, frames=48, size=64
 # ------------------------------------------------------------------------- files written and read
 
 @contextlib.contextmanager
-def whole_file(path):
-    """Write a file whole or not at all: yields the path to write to, renamed when all is there."""
-    unfinished = Path(path).with_name(f"unfinished-{Path(path).name}")
+def whole_file(path, keep=1):
+    """Write a file whole or not at all: yields the path to write to, renamed when all is there. The
+    file before becomes last-1.pt, and so on, `keep` in all."""
+    path = Path(path)
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    names = [path] + [path.with_stem(f"{path.stem}-{age}") for age in range(1, keep)]
     try:
         with in_a_line(f"cannot write {path}; make room, or choose another folder or size",
                        OSError, RuntimeError, ValueError, MemoryError):
             yield unfinished
             with open(unfinished, "rb") as file:
                 os.fsync(file.fileno())
+            for newer, older in reversed(list(zip(names, names[1:]))):
+                if newer.exists():
+                    newer.replace(older)
             unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -459,13 +470,8 @@ def write_pictures(out, model, video, mask_ratio, noise):
         write_video(path, np.concatenate([movie] * 4), fps=4)
 
 def save_checkpoint(path, content, keep=1):
-    """Whole or not at all; the one before becomes last-1.pt, and so on, `keep` in all."""
-    with whole_file(path) as unfinished:
+    with whole_file(path, keep) as unfinished:
         torch.save(content, unfinished)
-        names = [path] + [path.with_stem(f"{path.stem}-{age}") for age in range(1, keep)]
-        for newer, older in reversed(list(zip(names, names[1:]))):
-            if newer.exists():
-                newer.replace(older)
 
 def read_checkpoint(path):
     """A checkpoint, on the CPU. Only tensors and plain values are loaded: it cannot run code."""
@@ -930,6 +936,8 @@ def main(argv=None, clips=None):
     """clips: a data set of your own in place of --data, see `VideoClips`."""
     args = parse_arguments(argv)
     setup(args)
+    if args.check_data and not args.data:
+        raise InputError("--check-data reads the videos of --data: give it")
     if args.reconstruct:
         return reconstruct(args)
     return check_data(args) if args.check_data else pretrain(args, clips)
@@ -942,7 +950,11 @@ def run_script(main):
     try:
         status = (record(main) if "TORCHELASTIC_ERROR_FILE" in os.environ else main)() or 0
     except InputError as error:
-        said = str(error).splitlines()[-1]
+        said = str(error).splitlines()[-1].split("InputError: ")[-1]  # from a data worker
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = f"{error.strerror}, while the log was written; make room, the same command goes on"
     except torch.OutOfMemoryError as error:
         said = (f"{str(error).splitlines()[0]} In training lower --batch-size and raise --accum by "
                 "as much, or add --checkpointing")
