@@ -782,7 +782,7 @@ def test_lines_of_a_list_file_are_read_as_meant(line, path, label, tmp_path):
     assert [os.fsdecode(one) for one in paths] == [str(tmp_path / path)]
     assert labels == (label and (label,))
 
-def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path):
+def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
     for name in ("elsewhere/two.mp4", "set/a/one.mp4", "set/a/x y.AVI", "set/a/notes.txt",
                  "set/a/._one.mp4", "set/README"):  # macOS writes ._one.mp4 beside one.mp4
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -797,6 +797,7 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path):
         paths, labels = train.list_videos(str(data))
         assert paths.dtype.kind == "S"  # one array of bytes
         assert (paths.tolist(), labels) == (expected, ("a", "a", "b"))
+        assert not capsys.readouterr().out
     (tmp_path / "set" / "stray.mp4").touch()
     assert train.list_videos(str(tmp_path / "set"))[1].count(None) == 1
     assert_refused("stray.mp4 has no label", finetune.labelled, str(tmp_path / "set"))
@@ -1175,7 +1176,9 @@ def test_wrong_input_is_one_line(videos, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "bare.txt").write_text("gone\n")
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
+    os.mkfifo("pipe")
     cases = [("--data nowhere", "nowhere: no such folder"), ("--data empty", "no video in it"),
+        ("--data pipe", "pipe: no such folder or list file: a regular file"),
         ("--data bare.txt", "'gone' names no video"), ("--frames 5", "frames 5.*2"),
         ("--size 20", "height 20.*8"), ("--size 8192x8", "cannot write.*reconstruction"),
         ("--mask-ratio 0", "mask ratio 0"), ("--mask-ratio 1", "mask ratio 1"),
@@ -1899,6 +1902,8 @@ def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness(labelled
     assert [(row["step"], row["views"]) for row in a if "val_acc1" in row] == [
         (2, "1x1"), (4, "1x1"), (4, "2x3")]
     assert_refused("mixup 0.8 -> 0.0", finetune.main, tuning(labelled, whole, more, "0 --mixup 0"))
+    assert_refused("micro_batch", finetune.main,
+                   tuning(labelled, whole, more, "0 --batch-size 1 --accum 2"))
     peak, end, warm = 0.5 * 4 / 512, 1.6e-4 * 4 / 512, 4 * 5 / 75  # 4 clips; 5 of 75 epochs
     shares = [1 / (warm + 1), *((1 + math.cos(math.pi * (step - warm) / (4 - warm))) / 2
                                 for step in (1, 2, 3))]
