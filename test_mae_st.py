@@ -799,7 +799,8 @@ def test_a_folder_and_a_list_of_it_hold_the_same_videos(tmp_path, capsys):
         assert (paths.tolist(), labels) == (expected, ("a", "a", "b"))
         assert not capsys.readouterr().out
     (tmp_path / "set" / "stray.mp4").touch()
-    assert train.list_videos(str(tmp_path / "set"))[1].count(None) == 1
+    assert train.list_videos(tmp_path / "set")[1].count(None) == 1
+    assert train.list_videos(tmp_path / "elsewhere")[1] is None  # a flat folder
     assert_refused("stray.mp4 has no label", finetune.labelled, str(tmp_path / "set"))
 
 def test_lists_in_any_shape_give_videos_or_one_clear_line(tmp_path):

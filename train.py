@@ -112,16 +112,17 @@ def decode_needed(decoder, packets, wanted):
 
     For a wanted frame decoding begins at the last key frame that is not shown later (the leading
     pictures of an open group need the group before), and FFmpeg skips the frames in between that no
-    other frame refers to. If what comes out first is not that key frame (intra refresh), we end."""
+    other frame refers to. If the first frame out is not that one (intra refresh), none follow."""
     needed, entry = set(), None
     for i, packet in enumerate(packets):
         if packet.pts in wanted:
             begins = (k for k in range(i, 0, -1)
                       if packets[k].is_keyframe and packets[k].pts <= packet.pts)
             needed.update(range(next(begins, 0), i + 1))
-    header = bytes(decoder.extradata or b"").ljust(22)  # of HEVC: how many temporal layers there
-    one_layer = header[0] == 1 and header[21] >> 3 & 7 == 1  # are; they may refer to each other
-    can_skip = decoder.name in ("h264", "mpeg4", "mpeg2video", "hevc" if one_layer else "h264")
+    # In HEVC a frame that its own temporal layer does not need may be needed by the layers above.
+    header = bytes(decoder.extradata or b"").ljust(22)  # hvcC, which has the number of layers
+    one_layer = header[0] == 1 and header[21] >> 3 & 7 == 1
+    can_skip = decoder.name in ["h264", "mpeg4", "mpeg2video"] + ["hevc"] * one_layer
     for i in sorted(needed):
         decoder.skip_frame = "NONREF" if can_skip and packets[i].pts not in wanted else "DEFAULT"
         entry = packets[i].pts if i and i - 1 not in needed else entry
@@ -137,7 +138,7 @@ def decode_needed(decoder, packets, wanted):
             yield frame
 
 def read_plainly(stream, packets, clips, size):
-    """`read_clips` for any file, by a full decode; by two where the frames fill over 64 MB."""
+    """`read_clips` for any file, by a full decode; by two where the frames fill over 64 MiB."""
     def decode(decoder=stream.codec_context):
         decoder.flush_buffers()
         decoder.skip_frame = "DEFAULT"
@@ -251,8 +252,8 @@ def list_videos(data):
         if os.path.realpath(folder) in seen:  # a link upwards
             folders[:], names = [], []
         seen.add(os.path.realpath(folder))
-        label = os.path.relpath(folder, data).split(os.sep)[0].replace(".", "", folder == data)
-        entries += [(os.path.join(folder, name), label or None) for name in names
+        label = os.path.relpath(folder, data).split(os.sep)[0]
+        entries += [(os.path.join(folder, name), None if label == "." else label) for name in names
                     if os.path.splitext(name)[1].lower() in SUFFIXES and name[0] != "."]  # ._x.mp4
     entries.sort(key=lambda entry: entry[0])
     if not os.path.isdir(data):
