@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from train import (DTYPES, BadVideo, InputError, Parser, RandomClip, VideoClips, batches_on_device,
-                   between, build, elapsed, generate_files, in_a_line, list_videos, mark,
+                   between, build, chart, elapsed, generate_files, in_a_line, list_videos, mark,
                    read_clips, rng_of, run_script, setup, sizes, text, update, whole_file)
 
 import av
@@ -190,7 +190,7 @@ def measure(run, rows):
         warm_up(run, row)
     side, products = 8192 if args.device == "cuda" else 2048, []
     a = torch.randn(side, side, device=args.device, dtype=DTYPES[args.amp])
-    for _ in tqdm(range(1 + args.rounds), desc="measuring", unit="round"):
+    for _ in tqdm(range(1 + args.rounds), desc="measuring", unit="round", disable=None):
         products.append(timed(lambda: a @ a, args.device, times=4))
         for row in rows if len(products) > 1 else []:  # the first product warms up
             row.times.append(timed(lambda: step(run, row), args.device, row.steps))
@@ -234,7 +234,7 @@ def find_videos(given):
     if given == ALONE:
         given = "data/kinetics_like"
         makers = {f"{i}.mp4": functools.partial(kinetics_like, rng_of(0, i)) for i in range(4)}
-        generate_files(given, makers, preset="medium", mbtree="1")
+        generate_files(given, makers, 30, preset="medium", mbtree="1")
     return list_videos(given)[0]
 
 def read_straightforwardly(path, clips, size):
@@ -271,7 +271,8 @@ def loading(args):
     paths, rows = find_videos(args.loader), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for path in map(os.fsdecode, tqdm(paths[::math.ceil(len(paths) / 16)], desc="reading")):
+    paths = paths[::math.ceil(len(paths) / 16)]
+    for path in map(os.fsdecode, tqdm(paths, desc="reading", disable=None)):
         try:
             ours, plain = time_file(path, args)
         except (BadVideo, av.FFmpegError, ValueError, TypeError) as error:
@@ -332,34 +333,14 @@ def markdown(columns, rows):
     lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-def chart(rows):
-    """Speedup against masking ratio as SVG, in colours for light and dark pages."""
+def speed_chart(rows):
+    """Speedup against masking ratio as SVG."""
+    series = {"predicted": "predicted_speedup", "compute": "speedup",
+              "load + compute": "load_compute_speedup"}
     rows = sorted((row for row in rows if not row["dense"]), key=lambda row: row["mask_ratio"])
-    series = [("predicted", "predicted_speedup", "#888"), ("compute", "speedup", "#3584e4"),
-              ("load + compute", "load_compute_speedup", "#e0701a")]
-    series = [line for line in series if line[1] in rows[0]]
-    top = 1.08 * max(row[key] for row in rows for _, key, _ in series)
-    low, span = rows[0]["mask_ratio"], rows[-1]["mask_ratio"] - rows[0]["mask_ratio"] or 1
-    xs = [round(70 + 400 * (row["mask_ratio"] - low) / span, 1) for row in rows]
-    y_of = lambda speedup: round(320 - 280 * speedup / top, 1)
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 380" font-family="sans-serif" '
-           'font-size="14" fill="#888"><text x="14" y="24">speedup over the dense encoder, by '
-           'tokens hidden</text>']
-    unit = next(unit for unit in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if top / unit <= 8)
-    for y in np.arange(0, top, unit):
-        out.append(f'<path d="M55 {y_of(y)}H485" stroke="#888" stroke-opacity="0.35"/>'
-                   f'<text x="48" y="{y_of(y) + 5}" text-anchor="end">{y:g}x</text>')
-    out += [f'<text x="{x}" y="342" text-anchor="middle">{row["name"]}</text>'
-            for x, row in zip(xs, rows)]
-    text_y = 0
-    for name, key, colour in sorted(series, key=lambda line: -rows[-1][line[1]]):
-        ys = [y_of(row[key]) for row in rows]
-        line = " ".join(f"{x},{y}" for x, y in zip(xs, ys))
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
-        out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in zip(xs, ys)]
-        text_y = max(text_y + 18, ys[-1] + 5)  # beside the last point, never on another text
-        out.append(f'<text x="484" y="{text_y}" fill="{colour}">{name} {rows[-1][key]:.1f}x</text>')
-    return "\n".join([*out, "</svg>", ""])
+    return chart("speedup over the dense encoder, by % of the tokens hidden", {
+        f"{name} {rows[-1][key]:.1f}x": [(100 * row["mask_ratio"], row[key]) for row in rows]
+        for name, key in series.items() if key in rows[0]})
 
 # ----------------------------------------------------------------------------------- the commands
 
@@ -444,7 +425,7 @@ def main(argv=None):
             path.write_text(json.dumps([settings | row for row in rows], indent=1) + "\n")
     if args.chart:
         with whole_file(args.chart) as path:
-            path.write_text(chart(rows))
+            path.write_text(speed_chart(rows))
 
 if __name__ == "__main__":
     run_script(main)

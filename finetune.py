@@ -17,11 +17,11 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from train import DEMO as PRETRAINING  # before torch: it sets OMP_WAIT_POLICY
+from train import RECIPE as PRETRAINING  # before torch: it sets OMP_WAIT_POLICY
 from train import (DTYPES, BadVideo, InputError, RandomClip, VideoClips, between, build, collate,
-                   data_errors, fit, generate_videos, identity, in_a_line, list_videos, load_init,
-                   loader, log_line, of_all_processes, plan, read_clips, rng_of, run_script,
-                   save_checkpoint, setup, shared_flags, sizes, text, whole_file)
+                   data_errors, first_look, fit, generate_videos, identity, in_a_line, list_videos,
+                   load_init, loader, log_line, of_all_processes, plan, read_clips, rng_of,
+                   run_script, save_checkpoint, setup, shared_flags, sizes, text, whole_file)
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class VideoViews(Dataset):
 # more. Each takes pixels x (n, 3, T, H, W), float 0..255, and m (n, 1, 1, 1, 1) in [-1, 1], or |m|
 # where a direction has no meaning. All frames of a clip change in the same way.
 
-GREY = 115  # 0.45 * 255, comes in where a picture is moved away
+GREY = 128  # comes in where a picture is moved away
 PIXELS = (2, 3, 4)  # the dimensions T, H, W
 
 def blend(x, other, m):
@@ -349,7 +349,7 @@ def for_each_video(compute, paths, views, args):
     batches = iter(loader(dataset, args, batch_sampler=groups, collate_fn=collate))
     dtype = DTYPES[args.amp]
     with data_errors(lambda: map(dataset.name, group)), torch.inference_mode():
-        for group in tqdm(groups, desc="evaluation", disable=args.rank > 0, leave=False):
+        for group in tqdm(groups, desc="evaluation", disable=args.rank > 0 or None, leave=False):
             batch = next(batches)
             clips, good = (batch[key].to(args.device) for key in ("video", "good"))
             with torch.autocast(args.device, dtype, enabled=dtype is not None):
@@ -409,12 +409,13 @@ def fine_tune(args, data, content):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{args.model}: {trained:.3g} M parameters to train{' from scratch' * args.scratch}; "
           f"{len(data.classes)} classes, {len(data.train)} videos, {len(data.val)} to validate")
-    plan(args, len(data.train), 512 / args.repeat)  # this recipe counts clips
+    plan(args, len(data.train), 256)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay),
                                   lr=args.peak_lr, betas=(0.9, 0.999), fused=True)
     clips = VideoClips(data.train, seed=args.seed, repeat=args.repeat, frames=args.frames,
                        stride=args.stride, size=args.size, labels=data.train_labels,
-                       area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling])
+                       area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling],
+                       one_time=True)
     table = content["model"]["encoder.pos_embed_temporal"] if content else torch.zeros(0)
     keep = dict(identity=identity(args, data.train) | dict(
         labels=zlib.crc32(np.array(data.train_labels).tobytes()), classes=len(data.classes),
@@ -500,24 +501,28 @@ def export_features(args, content):
 # ------------------------------------------------------------------------------------------ flags
 
 KINDS = {"clip": RandomClip, "segments": SegmentClip}
-# By size, as in the paper code's configs for Kinetics-400; tiny and small: as base.
-RECIPE = {
-    "base": dict(epochs=75, repeat=2, layer_decay=0.65, drop_path=0.1, dropout=0.3, warmup=5 / 75),
-    "large": dict(epochs=50, repeat=2, layer_decay=0.75, drop_path=0.2, dropout=0.3, warmup=5 / 50),
-    "huge": dict(epochs=75, repeat=1, layer_decay=0.8, drop_path=0.2, dropout=0.5, warmup=5 / 75),
-}
-SHAPE = dict(model="large", frames=16, size=(224, 224), patch=(2, 16, 16), stride=4.0,
-             sampling="clip")  # where no checkpoint tells
 PLAIN = dict(layer_decay=1.0, drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
              rand_augment=0.0, erase=0.0)
-PROBE = dict(lr=6.4e-2, end_lr=0.0, weight_decay=0.0, **PLAIN)  # AdamW; MAE's own has LARS
-# Without --data. A mirrored or turned motion is another class, and a mixed one is none.
-DEMO = dict(per_class=5, steps=200, save_every=100, batch_size=16, repeat=4, lr=0.024, end_lr=0.0,
-            warmup=0.1, flip=False, crop=0.5, views=(3, 1), **PLAIN)
+# By size: the paper code's configs k400_VIT_{B,L,H}_16x4_FT, whose rates are for a node's batch of
+# 16 videos (that of B reads 1; 16 is our guess). lr_ends: first and last rate as shares of --lr.
+RECIPE = {
+    "huge": dict(lr=4.8e-3, lr_ends=(1e-8 / 3e-4, 1e-6 / 3e-4), warmup=5 / 75, epochs=75, repeat=1,
+                 layer_decay=0.8, drop_path=0.2, dropout=0.5),
+    "large": dict(lr=4.8e-3, lr_ends=(1e-8 / 3e-4, 1e-5 / 3e-4), warmup=5 / 50, epochs=50, repeat=2,
+                  layer_decay=0.75, drop_path=0.2, dropout=0.3),
+    "base": dict(lr=9.6e-3, lr_ends=(1e-8 / 6e-4, 1e-5 / 6e-4), warmup=5 / 75, epochs=75, repeat=2,
+                 layer_decay=0.65, drop_path=0.1, dropout=0.3),
+    "tiny": dict(lr=8e-3, warmup=0.1, steps=100, batch_size=32, repeat=1,
+                 crop=0.5, views=(1, 1), **PLAIN),
+}
+RECIPE["small"] = RECIPE["base"]
+PROBE = dict(lr=3.2e-2, lr_ends=(0.01, 0.01), weight_decay=0.0, **PLAIN)  # AdamW; MAE's own has LARS
+# Generated videos: a mirrored motion is another class.
+DEMO = dict(per_class=10, flip=False, save_every=100)
+SHAPE = dict(frames=16, size=(224, 224), patch=(2, 16, 16), stride=4.0, sampling="clip")
 
-def parse_arguments(argv=None):
+def make_parser():
     parser = shared_flags(__doc__.split("\n\n")[0])
-    parser.epilog = f"By size of the model: {RECIPE}. None: from the checkpoint, or from this."
     add, share, positive = parser.add_argument, between(0, 1), between(1e-12, 1e9)
     beta, onoff = between(0, 100), argparse.BooleanOptionalAction
     add("--val", type=text, help="videos to validate on, as --data (else a tenth of --data)")
@@ -527,8 +532,7 @@ def parse_arguments(argv=None):
     add("--crop", type=between(1e-3, 1), default=0.08, help="smallest share of a picture to crop")
     add("--scratch", action="store_true", help="train without pre-training")
     add("--probe", action="store_true", help="train a linear layer on the frozen encoder")
-    add("--lr", type=positive, default=4.8e-3, help="per 512 clips a step; scaled linearly")
-    add("--end-lr", type=share, default=1.6e-4, help="rate at begin and end, per 512 clips")
+    add("--lr", type=positive, help="per 256 videos a step; scaled linearly")
     add("--warmup", type=share, help="share of the steps")
     add("--layer-decay", type=share, help="learning rate of a layer relative to the one above")
     add("--drop-path", type=between(0, 0.99), help="rate of the last block; 0: off, as below")
@@ -538,59 +542,58 @@ def parse_arguments(argv=None):
     add("--smoothing", type=share, default=0.1, help="of the labels")
     add("--rand-augment", type=between(0, 10), default=7.0, help="magnitude")
     add("--erase", type=share, default=0.25, help="share of the clips that get a random hole")
-    add("--out", type=text, help="folder; a run that is in it goes on (runs/finetune, ...)")
+    add("--out", type=text, help="folder; a run that is in it goes on")
     add("--views", type=sizes(2), default=(7, 3), help="in evaluation, time x space")
     add("--compare", action=onoff, default=False, help="train from scratch too")
     add("--eval", action="store_true", help="only evaluate --init")
     add("--predict", type=text, metavar="VIDEO", help="only print its five likeliest classes")
     add("--features", type=text, metavar="OUT.npz", help="only write pooled features of all videos")
-    parser.set_defaults(**dict.fromkeys((*SHAPE, *RECIPE["base"])), clip=5.0)
-    first = parser.parse_known_args(argv)[0]
-    if first.eval or first.predict:
-        parser.set_defaults(init="runs/finetune/last.pt")
-    if not (first.data or first.val or first.predict):
-        parser.set_defaults(**DEMO | (dict(steps=None) if first.epochs else {}))
-        parser.set_defaults(compare=not (first.scratch or first.probe))
-        if first.scratch:
-            parser.set_defaults(**{key: PRETRAINING[key] for key in SHAPE if key in PRETRAINING})
-        elif not first.eval:
-            parser.set_defaults(init="runs/pretrain/last.pt")
-    if first.probe:
-        parser.set_defaults(**PROBE)
-    return parser.parse_args(argv)
+    parser.set_defaults(**dict.fromkeys(SHAPE), clip=5.0)
+    return parser
 
-def fill_in(args, content):
-    """What was not asked for: the shape from the checkpoint, the recipe from the size."""
-    known = dict(SHAPE)
-    if content:
+def parse_arguments(argv=None):
+    """The flags, and the checkpoint of --init or None. The checkpoint tells the shape of the clips
+    and the size of the model, and that the recipe: these are the flags' defaults."""
+    parser = make_parser()
+    given, content, known = first_look(parser, argv), None, dict(SHAPE)
+    demo = not (given.data or given.val or given.predict)
+    if given.eval or given.predict:
+        given.init = given.init or "runs/finetune/last.pt"
+    elif demo and not given.scratch:
+        given.init = given.init or "runs/pretrain/last.pt"
+    if not given.init and (given.features or not given.scratch) and not given.help:
+        raise InputError("no checkpoint: give one with --init, or train without with --scratch")
+    model = given.model or ("tiny" if demo else "large")
+    if given.init and not given.help:
+        content = load_init(given.init)
         kept, trained = content["model_args"], content.get("identity", {})
-        name = next((name for name, size in SIZES.items() if all(
+        model = next((name for name, size in SIZES.items() if all(
             kept.get(key) == size[key] for key in ("dim", "depth", "heads"))), None)
-        known |= dict(model=name, frames=kept["frames"], size=(kept["height"], kept["width"]),
+        known |= dict(frames=kept["frames"], size=(kept["height"], kept["width"]),
                       patch=tuple(kept["patch"]))
         known |= {key: trained[key] for key in ("stride", "sampling") if key in trained}
-        for key in ("model", "patch"):
-            if getattr(args, key) not in (None, known[key]):
-                raise InputError(f"--{key} {getattr(args, key)}: {args.init} has {known[key]}; "
-                                 "leave the flag out, or choose another checkpoint")
-    known |= RECIPE.get(args.model or known["model"], RECIPE["base"])
-    known |= dict(layer_decay=1.0) if args.scratch else {}
-    vars(args).update({key: value for key, value in known.items() if getattr(args, key) is None})
-    command = [name for name in ("eval", "probe", "scratch") if getattr(args, name)] + ["finetune"]
-    args.out = args.out or f"runs/{command[0]}"
+        for key, value in (("model", model), ("patch", known["patch"])):
+            if vars(given)[key] not in (None, value):
+                raise InputError(f"--{key} {vars(given)[key]}: {given.init} has {value}; leave the "
+                                 "flag out, or choose another checkpoint")
+    else:
+        known |= {key: value for key, value in PRETRAINING[model].items() if key in SHAPE}
+    command = [name for name in ("eval", "probe", "scratch") if vars(given)[name]] + ["finetune"]
+    known |= dict(init=given.init, model=model, out=f"runs/{command[0]}")
+    known |= RECIPE.get(model, RECIPE["base"]) | (DEMO if demo else {})
+    known |= dict(compare=demo and command == ["finetune"])
+    known |= PROBE if given.probe else dict(layer_decay=1.0) if given.scratch else {}
+    parser.set_defaults(**known | (dict(steps=None) if given.epochs else {}))
+    args = parser.parse_args(argv)
     with in_a_line("the videos do not fit the model", ValueError):
         grid_size((args.frames, *args.size), args.patch)
+    return args, content
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    if not args.init and (args.features or not args.scratch):
-        scratch = "" if args.features else ", or train without pre-training with --scratch"
-        raise InputError(f"no checkpoint: give one with --init{scratch}")
+    args, content = parse_arguments(argv)
     setup(args)
-    content = load_init(args.init) if args.init else None
-    fill_in(args, content)
     if not (args.data or args.val or args.predict):
-        folder = generate_videos("data/moving_shapes", args)
+        folder = generate_videos("data/moving_scenes", args)
         args.data, args.val = f"{folder}/train", f"{folder}/val"
     command = (predict if args.predict else export_features if args.features
                else evaluate if args.eval else train_and_compare)

@@ -399,11 +399,11 @@ SIZES = {
 
 # ----------------------------------------------------------------------------------------- recipe
 
-def learning_rate(step, steps, peak, warmup, end=0.0):
-    """Linearly up over the first share `warmup` of the steps, then half a cosine down to `end`."""
+def learning_rate(step, steps, peak, warmup, start=0.0, end=0.0):
+    """Linearly from `start` over the first share `warmup` of the steps, then half a cosine down."""
     warm = warmup * steps
     if step < warm:
-        return end + (peak - end) * (step + 1) / (warm + 1)
+        return start + (peak - start) * step / warm
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 def param_groups(model, weight_decay, layer_decay=1.0):

@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from collections import Counter
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 
 TORCH_CAME_FIRST = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
@@ -42,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mae_st import (SIZES, STRATEGIES, MaskedAutoencoder, from_released, learning_rate, mask_noise,
-                    param_groups, random_masking)
+                    param_groups, patchify, random_masking)
 
 class InputError(Exception):
     """Something the user can correct. The scripts print it as one line."""
@@ -291,7 +292,8 @@ class VideoClips(Dataset):
     is video perm(seed, k // n)[k % n] of n; for one that cannot be read k determines another."""
 
     def __init__(self, paths, *, seed, repeat, frames, stride, size, noise=None, labels=None,
-                 area=(0.5, 1.0), flip=True, kind=RandomClip):
+                 area=(0.5, 1.0), flip=True, kind=RandomClip, one_time=False):
+        self.one_time = one_time  # the R clips of a sample show the same frames
         self.paths, self.seed, self.repeat, self.size = paths, seed, repeat, size
         self.look, self.kind, self.labels = (frames, stride, area, flip), kind, labels
         self.noise, self.order = noise, (None, None)  # (strategy, grid); (pass, its permutation)
@@ -312,6 +314,8 @@ class VideoClips(Dataset):
         video, bad, repeats = self.video_of(k), [], range(self.repeat)
         for attempt in range(100):
             clips = [self.kind(rng_of(self.seed, CLIP, k, r), *self.look) for r in repeats]
+            for clip in clips if self.one_time else ():
+                clip.times = clips[0].times
             path = os.fsdecode(self.paths[video])
             try:
                 pixels = read_clips(path, clips, self.size)  # (R, T, H, W, 3)
@@ -362,16 +366,18 @@ def data_errors(files):
 
 MOVES = "right up_right up up_left left down_left down down_right".split()
 
-def moving_shapes(rng, move, frames, size):
+def moving_scene(rng, move, frames, size):
     """A generated video, uint8 (frames, size, size, 3): a camera pans over a textured scene in one
-    of eight directions, two shapes drift over it, and no single frame shows the direction."""
-    angle, speed = MOVES.index(move) * math.pi / 4, rng.uniform(0.5, 1.0) * size / 32
-    flow = speed * np.array([math.cos(angle), -math.sin(angle)])  # x, y, pixels per frame
+    of eight directions, 1 to 2 pixels a frame, and two shapes drift over it. No single frame shows
+    the direction."""
+    def velocity(angle, speed):  # x, y, pixels per frame
+        return speed * np.array([np.cos(angle), -np.sin(angle)])
+
+    flow = velocity(MOVES.index(move) * math.pi / 4, rng.uniform(1, 2))
     t, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
     # The texture: plane waves, the longer the stronger. Moved by d, their phase turns by wave * d.
     length = size * np.exp(rng.uniform(math.log(0.25), math.log(1.5), 24))
-    direction = rng.uniform(0, 2 * math.pi, 24)
-    wave = 2 * math.pi / length * np.array([np.cos(direction), np.sin(direction)])  # (2, 24)
+    wave = 2 * math.pi / length * velocity(rng.uniform(0, 2 * math.pi, 24), 1)  # (2, 24)
     strength = rng.normal(1, 0.5, (3, 24)) * np.exp(2j * math.pi * rng.random(24)) * length
     strength *= 45 * math.sqrt(2) / np.sqrt((abs(strength) ** 2).sum(1, keepdims=True))
     at_pixel = np.exp(1j * (wave[1] * place[:, None, None] + wave[0] * place[:, None]))
@@ -380,38 +386,37 @@ def moving_shapes(rng, move, frames, size):
     video += rng.uniform(60, 195, (3, 1, 1))
     for _ in range(2):
         tone, power = rng.uniform(20, 235, (3, 1, 1)), rng.choice([1, 2, 8])  # 8: nearly a square
-        radius, heading = rng.uniform(0.15, 0.25) * size, rng.uniform(0, 2 * math.pi)
-        drift = rng.uniform(0, 0.8) * size / 32 * np.array([math.cos(heading), math.sin(heading)])
-        start, field = rng.uniform(0, size, 2), 1.4 * size  # out at one side, in at the other
-        x, y = (start[axis] + (flow + drift)[axis] * t for axis in (0, 1))  # (T, 1, 1)
+        radius, field = rng.uniform(0.15, 0.25) * size, 1.4 * size  # out at one side, in at another
+        x, y = rng.uniform(0, size, (2, 1, 1, 1)) + t * (
+            flow + velocity(rng.uniform(0, 2 * math.pi), rng.uniform(0, 1.6)))[:, None, None, None]
         dx = abs((place - x + field / 2) % field - field / 2) / radius  # (T, 1, W)
         dy = abs((place[:, None] - y + field / 2) % field - field / 2) / radius  # (T, H, 1)
         inside = 0.5 - ((dx**power + dy**power) ** (1 / power) - 1) * radius  # edge: one pixel
         video += np.clip(inside, 0, 1)[:, None] * (tone - video)  # (T, 3, H, W)
     return video.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # (T, H, W, 3)
 
-def generate_files(folder, makers, **options):
+def generate_files(folder, makers, fps, **options):
     """Write videos, file name -> function that makes its frames, all or none, if not yet there."""
     if os.path.isdir(folder):
         return
     with in_a_line(f"cannot write videos to {folder}, make room", OSError):
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as unfinished:
-            for name, make in tqdm(makers.items(), desc=f"writing {folder}", unit="video"):
+            for name, make in tqdm(makers.items(), f"writing {folder}", disable=None):
                 path = Path(unfinished, "all", name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_video(path, make(), 30, **options)
+                write_video(path, make(), fps, **options)
             if not os.path.isdir(folder):  # another run may have been faster
                 os.rename(f"{unfinished}/all", folder)
 
-def generate_videos(folder, args, per_class=100, held_out=40, frames=48, size=64):
+def generate_videos(folder, args, per_class=100, held_out=40, frames=32, size=64):
     """Labelled videos in folder/train and folder/val, one sub-folder a motion; -> folder"""
     makers = {f"{name}/{move}/{i:04d}.mp4": functools.partial(
-                  moving_shapes, rng_of(0, part, number, i), move, frames, size)
+                  moving_scene, rng_of(0, part, number, i), move, frames, size)
               for part, (name, count) in enumerate((("train", per_class), ("val", held_out)))
               for i in range(count) for number, move in enumerate(MOVES)}
     if args.rank == 0:
-        generate_files(folder, makers, crf="18")
+        generate_files(folder, makers, 30 / 4, crf="18")  # at the default stride every frame
     if args.world > 1:
         dist.barrier()
     return folder
@@ -442,7 +447,7 @@ def write_video(path, frames, fps, **options):
     """uint8 (T, H, W, 3) -> an H.264 file, the same bytes each time: one thread, and no mbtree."""
     options = {"threads": "1", "mbtree": "0", "preset": "veryfast"} | options
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -459,7 +464,7 @@ def write_pictures(out, model, video, mask_ratio, noise):
         mask = mask.repeat_interleave(times, axis)  # (B, T', H, W) in the end
     pixels = video[:, :, ::video.shape[2] // filled.shape[2]].float() / 255  # frames predicted
     parts = torch.stack([pixels, pixels.masked_fill(mask[:, None], 0.5), filled])
-    zoom = max(1, 96 // video.shape[-1])
+    zoom = max(1, 128 // video.shape[-1])
     parts = (parts.clamp(0, 1) * 255).round().byte().cpu().numpy().repeat(zoom, 4).repeat(zoom, 5)
     _, B, _, T, H, W = parts.shape  # (3, B, 3, T', H, W)
     image = parts.transpose(1, 0, 4, 3, 5, 2).reshape(B * 3 * H, T * W, 3)
@@ -470,17 +475,62 @@ def write_pictures(out, model, video, mask_ratio, noise):
     with whole_file(out / "reconstruction.mp4") as path:
         write_video(path, np.concatenate([movie] * 4), fps=4)
 
+@torch.no_grad()
+def share_of_nearest(model, video, mask_ratio, noise):
+    """The mean squared error on hidden patches of video (B, T, H, W, 3), as a share of the error
+    where each is filled with the mean colour of the visible patches nearest in space and time."""
+    video = video.permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W)
+    filled, mask = model.reconstruct(video, mask_ratio, noise)  # (B, 3, T', H, W), (B, t, h, w)
+    pixels, mask = video[:, :, ::video.shape[2] // filled.shape[2]].float() / 255, mask.flatten(1)
+    true, ours = (patchify(x, model.target_patch) for x in (pixels, filled))  # (B, N, P)
+    cells = torch.cartesian_prod(*map(torch.arange, model.encoder.grid)).float().to(mask.device)
+    apart = torch.cdist(cells, cells) + 1e6 * mask[:, None]  # (B, N, N)
+    nearest = (apart < apart.amin(2, keepdim=True) + 1e-3).float()
+    colour = nearest @ true.unflatten(2, (-1, 3)).mean(2) / nearest.sum(2, keepdim=True)
+    guess = colour.repeat(1, 1, true.shape[2] // 3)  # (B, N, P)
+    error, other = ((x - true)[mask].square().mean() for x in (ours, guess))
+    return float(error / other)
+
+def chart(title, series):
+    """Lines as SVG, in colours for light and dark pages. series: name -> [(x, y >= 0), ...]."""
+    def ticks(low, high):
+        steps = (float(f"{m}e{e}") for e in range(-12, 15) for m in (1, 2, 5))
+        unit = next(unit for unit in steps if high - low <= 6 * unit)
+        return np.arange(math.ceil(low / unit), high / unit + 1e-9) * unit
+
+    xs, ys = np.array([point for line in series.values() for point in line]).T
+    span, top, text_y = xs.max() - xs.min() or 1, 1.05 * ys.max() or 1, 0
+    x_of = lambda x: round(60 + 420 * (x - xs.min()) / span, 1)
+    y_of = lambda y: round(320 - 280 * y / top, 1)
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 360" font-family="sans-serif" '
+           f'font-size="14" fill="#888"><text x="14" y="24">{title}</text>']
+    for y in ticks(0, top):
+        out.append(f'<path d="M55 {y_of(y)}H485" stroke="#888" stroke-opacity="0.35"/>'
+                   f'<text x="48" y="{y_of(y) + 5}" text-anchor="end">{y:g}</text>')
+    out += [f'<text x="{x_of(x)}" y="342" text-anchor="middle">{x:g}</text>'
+            for x in ticks(xs.min(), xs.max())]
+    colours = dict(zip(series, "#3584e4 #e0701a #2a9d4a #b04fc8 #c0392b #888".split()))
+    for name, line in sorted(series.items(), key=lambda item: -item[1][-1][1]):
+        places = [(x_of(x), y_of(y)) for x, y in line]
+        path = " ".join(f"{x},{y}" for x, y in places)
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}"/>')
+        out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colours[name]}"/>'
+                for x, y in places if len(line) < 20]
+        text_y = max(text_y + 18, places[-1][1] + 5)  # beside the last point, never on another text
+        out.append(f'<text x="494" y="{text_y}" fill="{colours[name]}">{name}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
 def save_checkpoint(path, content, keep=1):
     with whole_file(path, keep) as unfinished:
         torch.save(content, unfinished)
 
-def read_checkpoint(path):
+def read_checkpoint(path, checksums=True):
     """A checkpoint, on the CPU. Only tensors and plain values are loaded: it cannot run code."""
     if not os.path.isfile(path):
         raise InputError(f"{path} is no file; give a checkpoint that train.py wrote")
     with in_a_line(f"{path} is damaged, or no checkpoint of tensors and plain values", Exception):
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if broken := archive.testzip():
+            if broken := checksums and archive.testzip():
                 raise ValueError(f"the checksum of {broken} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # in those of mae_st
             return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -503,9 +553,17 @@ def build(kind, model_args, weights=None, path=None):
 
 # ------------------------------------------------------------------------------ flags and machine
 
-# Without --data: two CPU cores learn to see motion in three minutes. Flags given win over these.
-DEMO = dict(model="tiny", frames=8, stride=5.0, size=(32, 32), patch=(2, 8, 8), mask_ratio=0.5,
-            norm_pix=False, steps=1500, batch_size=8, repeat=4, lr=0.384, warmup=0.1, clip=1.0)
+# By size. base, large and huge: the paper code's configs k400_VIT_{B,L,H}_16x4_MAE_PT, whose rates
+# are for a node's batch of 64, 32 and 32; all others of its numbers are the flags' defaults. small:
+# one GPU and one day. tiny: small videos on a CPU; without --data those that `moving_scene` makes.
+RECIPE = {
+    "huge": dict(lr=1.6e-3, warmup=60 / 400, epochs=400),  # BASE_LR 1e-4 / 32, WARMUP, MAX_EPOCH
+    "large": dict(lr=1.6e-3, warmup=30 / 200, epochs=200),  # 1e-4 / 32
+    "base": dict(lr=8e-4, warmup=60 / 200, epochs=200),  # 1e-4 / 64
+    "small": dict(lr=8e-4, warmup=0.1, steps=75_000, batch_size=32, accum=4),  # 38 M clips
+    "tiny": dict(lr=0.064, warmup=0.1, steps=1800, batch_size=32, repeat=1, size=(64, 64),
+                 patch=(2, 8, 8), decode_ratio=0.25, norm_pix=False, clip=1.0),
+}
 
 DTYPES = dict(off=None, bf16=torch.bfloat16, fp16=torch.float16)  # of --amp
 
@@ -550,10 +608,10 @@ def shared_flags(description):
     add("--stride", type=positive, default=4.0, help="between frames, in thirtieths of a second")
     add("--size", type=sizes(2), default=(224, 224), help="height x width of a clip")
     add("--repeat", type=between(1, 1024, int), default=4, help="clips from each decoded video")
-    add("--model", choices=SIZES, default="large", help="size")
+    add("--model", choices=SIZES, help="size, which has its recipe")
     add("--patch", type=sizes(3), default=(2, 16, 16), help="frames x height x width")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--epochs", type=positive, default=200.0, help="passes over the list")
+    add("--epochs", type=positive, help="passes over the list")
     add("--steps", type=count, help="optimizer steps in all, in place of --epochs")
     add("--batch-size", type=size, help="videos per process and micro-batch (GPU: 16, CPU: 2)")
     add("--accum", type=size, default=1, help="micro-batches per step")
@@ -568,25 +626,35 @@ def shared_flags(description):
     add("--compile", action=onoff, help="torch.compile (on a GPU)")
     add("--workers", type=between(0, 256, int), help="data workers per process (from the CPUs)")
     add("--data-timeout", type=between(1, 86400, int), default=300, help="s to wait for a batch")
+    parser.set_defaults(lr_ends=(0.01, 0.01))  # first and last rate, as shares of the highest
     return parser
+
+def first_look(parser, argv):
+    """The flags that decide on the defaults of others, so that --help can show these."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
+    given.help = not {"-h", "--help"}.isdisjoint(argv)
+    return given
 
 def parse_arguments(argv=None):
     parser = shared_flags(__doc__.split("\n\n")[0])
     add, share, onoff = parser.add_argument, between(0, 1), argparse.BooleanOptionalAction
     add("--mask-ratio", type=share, default=0.9, help="share of the tokens that is hidden")
     add("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
+    add("--decode-ratio", type=between(0.01, 1), default=1.0, help="share of hidden ones decoded")
     add("--target", choices=("frame", "patch"), default="frame", help="a patch's first frame, all")
     add("--norm-pix", action=onoff, default=True, help="normalise each target patch")
-    add("--lr", type=between(1e-12, 1e9), default=1.6e-3, help="per 512 videos a step")
-    add("--warmup", type=share, default=0.15, help="share of the steps")
+    add("--lr", type=between(1e-12, 1e9), help="per 512 videos a step; begins and ends at 1 %%")
+    add("--warmup", type=share, help="share of the steps")
     add("--out", type=text, default="runs/pretrain", help="folder; a run that is in it goes on")
     add("--reconstruct", type=text, metavar="VIDEO", help="only show what --init makes of it")
     add("--check-data", action="store_true", help="only read every file of --data once")
-    given = parser.parse_known_args(argv, argparse.Namespace(epochs=None))[0]
+    given = first_look(parser, argv)
+    model = given.model or ("large" if given.data else "tiny")
+    steps = dict(steps=None) if given.epochs else {}
+    parser.set_defaults(model=model, **RECIPE[model] | steps)
     if given.reconstruct:  # these come from the checkpoint
         parser.set_defaults(mask_ratio=None, strategy=None, stride=None, out="runs/reconstruct")
-    elif given.data is None:
-        parser.set_defaults(**DEMO | (dict(steps=None) if given.epochs else {}))
     return parser.parse_args(argv)
 
 def setup(args):
@@ -598,6 +666,11 @@ def setup(args):
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
         cpus = len(os.sched_getaffinity(0))
+    if args.device == "auto" and not gpus and "WORLD_SIZE" in os.environ and (
+            args.world > 1 or torch.version.cuda):
+        raise InputError(f"torchrun started {args.world} process(es), but torch {torch.__version__} "
+                         "sees no GPU, mostly since the driver is too old: mend that, or give "
+                         "--device cpu")
     gpu = args.device == "cuda" or args.device == "auto" and gpus > 0
     if gpu and local >= gpus:
         raise InputError(f"process {local} of this machine has no GPU, torch sees {gpus}: give "
@@ -616,7 +689,7 @@ def setup(args):
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     for key, value in dict(device="cuda" if gpu else "cpu", amp="bf16" if bf16 else "off",
                            compile=gpu, batch_size=16 if gpu else 2,
-                           workers=min(32, cpus // here) or 1 if gpu else 1).items():
+                           workers=min(32, max(1, cpus // here - 1)) if gpu else 1).items():
         if key in args and getattr(args, key) in (None, "auto"):
             setattr(args, key, value)
             print(f"{key} {value}: the default for {gpus} GPUs{', bf16' * bf16}, {cpus} CPUs")
@@ -625,15 +698,18 @@ def setup(args):
               "import train first, or set OMP_WAIT_POLICY=PASSIVE")
 
 def plan(args, videos, batch):
-    """The number of steps, and the learning rates: --lr is for a step of `batch` videos."""
+    """The number of steps, and the learning rate: --lr is for a step of `batch` videos."""
     args.videos_per_step = args.batch_size * args.accum * args.world
     args.steps = args.steps or math.ceil(args.epochs * videos / args.videos_per_step)
-    args.peak_lr, args.last_lr = (lr * args.videos_per_step / batch
-                                  for lr in (args.lr, getattr(args, "end_lr", 0.0)))
+    args.peak_lr = args.lr * args.videos_per_step / batch
+    args.first_lr, args.last_lr = (share * args.peak_lr for share in args.lr_ends)
     args.save_every = args.save_every or math.ceil(args.steps / 20)
     print(f"{args.steps} steps of {args.videos_per_step} x {args.repeat} clips = "
           f"{args.steps * args.videos_per_step / videos:.1f} passes over {videos} videos; "
-          f"learning rate {args.lr:g} x {args.videos_per_step} / {batch:g} = {args.peak_lr:.3g}")
+          f"learning rate {args.lr:g} x {args.videos_per_step} / {batch} = {args.peak_lr:.3g}")
+    if args.videos_per_step * 100 < batch:
+        print("that rate is under a hundredth of --lr, which is too low to learn much: raise "
+              "--batch-size or --accum, or --lr")
 
 # ------------------------------------------------------------------------------ the training loop
 
@@ -713,14 +789,17 @@ def update(optimizer, scaler, parameters, clip, loss):
 def resume(args, parts, keep, log):
     """Load the newest good checkpoint of --out, if any, into `parts` and `keep`. -> its step"""
     paths = sorted(Path(args.out).glob("last*.pt"), key=lambda path: (len(path.name), path.name))
-    content = None
-    while paths and content is None:
+    content, path = None, None
+    while paths and content is None and args.rank == 0:
         try:
             content = read_checkpoint(path := paths.pop(0))
         except InputError as problem:
             if not paths:
                 raise
             print(f"{problem}; trying the checkpoint before it")
+    path = of_all_processes([path], args)[0]  # rank 0 has read it: the others skip the checksums
+    if args.rank > 0 and path:
+        content = read_checkpoint(path, checksums=False)
     if len(set(of_all_processes([content and content.get("step")], args))) > 1:
         raise InputError(f"--out {args.out} must be a folder that all processes share")
     if content is None:
@@ -786,19 +865,22 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
     each checkpoint, may return a row for the log."""
     dtype, scaler = DTYPES[args.amp], torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts, awaited = dict(model=model, optimizer=optimizer, scaler=scaler), []
+    recent, due = [], time.monotonic() + 60
     with run_folder(args) as (log, stop, at_end), data_errors(lambda: map(clips.name, awaited)):
         start = resume(args, parts, keep, log)
         forward = torch.compile(model) if args.compile else model
         if args.world > 1:  # large buckets: DDP splits a compiled model where one is full
             forward = DistributedDataParallel(forward, bucket_cap_mb=100,
                                               gradient_as_bucket_view=True)
-        bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=args.rank > 0))
+        bar = tqdm(total=args.steps, initial=start, disable=args.rank > 0 or None)
+        at_end.callback(bar.close)
         batches = batches_on_device(clips, args, start, awaited)
         at_end.callback(batches.close)  # ends the data workers
         batch = next(batches, None)
         for step in range(start + 1, args.steps + 1):
             begin, waits, sums, seen = mark(args.device), [], Counter(), 0
-            lr = learning_rate(step - 1, args.steps, args.peak_lr, args.warmup, args.last_lr)
+            lr = learning_rate(step - 1, args.steps, args.peak_lr, args.warmup, args.first_lr,
+                               args.last_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("scale", 1)
             for micro in range(args.accum):
@@ -825,16 +907,24 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
             stopping = row.pop("stop") > 0
             log.write(log_line(row))
             check_finite(row, scaler, clips, args)
-            bar.set_postfix_str("loss {loss:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} "
-                                "wait {data_wait:.0%}".format(**row), refresh=False)
+            recent = [*recent[-49:], row["loss"]]  # the bar shows their mean
+            state = "loss {:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait {data_wait:.0%}".format(
+                sum(recent) / len(recent), **row)
+            bar.set_postfix_str(state, refresh=False)
             bar.update()
+            if bar.disable and time.monotonic() > due:
+                print(f"step {step} of {args.steps}: {state}")
+                due = time.monotonic() + 60
             if stopping or step % args.save_every == 0 or step == args.steps:
                 if note := at_save(step):
                     log.write(log_line(note))
                 if args.rank == 0:
                     states = {name: part.state_dict() for name, part in parts.items()}
                     states |= keep | dict(step=step, log_bytes=log.tell())
+                    before = time.monotonic()
                     save_checkpoint(Path(args.out) / "last.pt", states, args.keep)
+                    if (seconds := time.monotonic() - before) > 10:
+                        print(f"saving took {seconds:.0f} s; torchrun kills 30 s after SIGTERM")
             if stopping and step < args.steps:
                 print(f"stopped after step {step} of {args.steps}, saved; the same command goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
@@ -871,7 +961,7 @@ def pretrain(args, clips=None):
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
           f"{ids[0].shape[1]} tokens visible, {ids[1].shape[1]} hidden ({args.strategy})")
     if clips is None:
-        args.data = args.data or generate_videos("data/moving_shapes", args) + "/train"
+        args.data = args.data or generate_videos("data/moving_scenes", args) + "/train"
         paths, _ = list_videos(args.data)
         clips = VideoClips(paths, seed=args.seed, repeat=args.repeat, frames=args.frames,
                            stride=args.stride, size=args.size, noise=(args.strategy, grid))
@@ -880,11 +970,12 @@ def pretrain(args, clips=None):
                                   betas=(0.9, 0.95), fused=True)
     first = collate([clips[k] for k in range(4)])
     video, noise = (first[key].to(args.device) for key in ("video", "noise"))
-    mean = loss_of_the_mean(model, video.permute(0, 4, 1, 2, 3), args.mask_ratio, noise)
+    mean = float(loss_of_the_mean(model, video.permute(0, 4, 1, 2, 3), args.mask_ratio, noise))
     print(f"loss of always predicting the mean: {mean:.4f}; training should get well below")
 
     def loss_of(model, batch):
-        return dict(loss=model(batch["video"], args.mask_ratio, batch["noise"]))
+        return dict(loss=model(batch["video"], args.mask_ratio, batch["noise"],
+                               args.decode_ratio))
 
     def draw(_, out=Path(args.out)):
         if args.rank == 0:  # one clip of each of the first four videos
@@ -896,7 +987,24 @@ def pretrain(args, clips=None):
     keep = dict(identity=identity(args, paths) | dict(videos=len(clips)), model_args=model_args)
     fit(args, model, optimizer, clips, loss_of, keep, at_save=draw)
     draw(args.steps)
-    print(f"done: {args.out}/last.pt, log.jsonl, reconstruction.png and .mp4")
+    if args.rank == 0:
+        report(args, mean, share_of_nearest(model, video, args.mask_ratio, noise))
+
+def report(args, mean, share):
+    """The end of pre-training: loss.svg and two numbers to judge it by."""
+    with open(Path(args.out) / "log.jsonl") as log:
+        losses = [row["loss"] for row in map(json.loads, log)]
+    part = math.ceil(len(losses) / 20)  # the last 5 % of the steps
+    smooth = np.convolve(losses, np.ones(part) / part, "valid")
+    line = [(part + i, smooth[i]) for i in range(len(smooth) - 1, -1, -max(1, part // 10))][::-1]
+    with whole_file(Path(args.out) / "loss.svg") as path:
+        path.write_text(chart("loss, mean of a twentieth of the steps, up to step", {
+            f"training {smooth[-1]:.3f}": line,
+            f"predicting the mean {mean:.3f}": [(x, mean) for x, _ in (line[0], line[-1])]}))
+    if not args.norm_pix:  # there brightness and contrast come from the original
+        print(f"error on hidden patches: {share:.2f} of that of the nearest visible colours")
+    print(f"{args.out} has last.pt, log.jsonl, loss.svg, reconstruction.png and .mp4; mean loss of "
+          f"the last {part} steps {smooth[-1]:.4f}, of always predicting the mean {mean:.4f}")
 
 def reconstruct(args):
     """Pictures of one video, from a checkpoint."""
@@ -927,7 +1035,7 @@ def check_data(args):
 
     paths, bad = [os.fsdecode(path) for path in list_videos(args.data)[0]], []
     answers = iter(loader(paths, args, batch_size=None, collate_fn=what_is_wrong))
-    for path in tqdm(paths, unit="video"):
+    for path in tqdm(paths, disable=None):
         with data_errors(lambda: [path]):
             bad += next(answers)
     print(*bad, f"{len(paths)} videos, {len(bad)} bad", sep="\n")
