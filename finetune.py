@@ -137,7 +137,7 @@ def affine(x, a, b, c, d, e, f):
     theta = [v.flatten() if torch.is_tensor(v) else x.new_full((n,), v) for v in theta]
     theta = torch.stack(theta, 1).view(n, 2, 3)
     grid = F.affine_grid(theta, (n, C * T, H, W), align_corners=False)  # (n, H, W, 2)
-    moved = F.grid_sample((x - GREY).flatten(1, 2), grid, align_corners=False)
+    moved = F.grid_sample((x - GREY).flatten(1, 2), grid, "bicubic", align_corners=False)
     return moved.view(x.shape) + GREY
 
 def rotate(x, m):
@@ -512,11 +512,11 @@ RECIPE = {
                   layer_decay=0.75, drop_path=0.2, dropout=0.3),
     "base": dict(lr=9.6e-3, lr_ends=(1e-8 / 6e-4, 1e-5 / 6e-4), warmup=5 / 75, epochs=75, repeat=2,
                  layer_decay=0.65, drop_path=0.1, dropout=0.3),
-    "tiny": dict(lr=8e-3, warmup=0.1, steps=100, batch_size=32, repeat=1,
-                 crop=0.5, views=(1, 1), **PLAIN),
+    "tiny": dict(lr=8e-3, warmup=0.1, steps=100, batch_size=32, repeat=1, crop=0.5, views=(1, 1),
+                 **PLAIN),
 }
 RECIPE["small"] = RECIPE["base"]
-PROBE = dict(lr=3.2e-2, lr_ends=(0.01, 0.01), weight_decay=0.0, **PLAIN)  # AdamW; MAE's own has LARS
+PROBE = dict(lr=3.2e-2, lr_ends=(0.01, 0.01), weight_decay=0.0, **PLAIN)  # AdamW; MAE has LARS
 # Generated videos: a mirrored motion is another class.
 DEMO = dict(per_class=10, flip=False, save_every=100)
 SHAPE = dict(frames=16, size=(224, 224), patch=(2, 16, 16), stride=4.0, sampling="clip")
@@ -562,7 +562,7 @@ def parse_arguments(argv=None):
     elif demo and not given.scratch:
         given.init = given.init or "runs/pretrain/last.pt"
     if not given.init and (given.features or not given.scratch) and not given.help:
-        raise InputError("no checkpoint: give one with --init, or train without with --scratch")
+        raise InputError("no checkpoint: give one with --init, or train without, with --scratch")
     model = given.model or ("tiny" if demo else "large")
     if given.init and not given.help:
         content = load_init(given.init)

@@ -45,6 +45,7 @@ HERE = Path(__file__).parent
 ENCODER = dict(frames=4, height=12, width=20, patch=(2, 4, 4), dim=24, depth=2, heads=3)
 SMALL = ENCODER | dict(decoder_dim=16, decoder_depth=2, decoder_heads=2)
 GRID = (2, 3, 5)  # of both
+long_only = pytest.mark.skipif(not LONG, reason="MAE_LONG=1 runs it")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 def assert_close(a, b, tolerance, what=""):
@@ -389,7 +390,7 @@ def test_on_a_gpu_the_loss_equals_float64_on_the_cpu(dtype, tolerance, compiled)
     step = torch.compile(model) if compiled else model
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         loss = step(video.cuda(), 0.8, noise.cuda())
-    assert abs(loss.item() / expected.item() - 1) < 1e-3
+    assert abs(loss.item() / expected.item() - 1) < (3e-3 if dtype == torch.bfloat16 else 1e-3)
     loss.backward()
     own = model.encoder.blocks[0].mlp.fc1.weight.grad.cpu().double()
     assert ((own - gradient).norm() / gradient.norm()).item() < tolerance
@@ -849,6 +850,16 @@ def test_samples_are_the_same_with_any_number_of_workers_and_processes(videos, m
     video = alone[0]["video"]
     assert not torch.equal(video[0], video[1]), "the repeats of a video are different clips"
 
+@pytest.mark.parametrize("kind", [train.RandomClip, finetune.SegmentClip])
+def test_in_fine_tuning_the_repeats_are_crops_of_one_clip_in_time(kind, videos, monkeypatch):
+    taken = []
+    monkeypatch.setattr(train, "read_clips", lambda path, clips, size: taken.extend(
+        (tuple(clip.times(np.arange(60) / 30)), clip.box(4, 3)) for clip in clips) or np.zeros(0))
+    for one_time, times in ((True, 1), (False, 3)):
+        taken.clear()
+        make_clips(videos, repeat=3, kind=kind, one_time=one_time)[5]
+        assert [len(set(seen)) for seen in zip(*taken)] == [times, 3]
+
 def test_every_pass_takes_every_video_once_in_a_new_order(videos):
     clips = make_clips(videos)
     passes = [[clips.video_of(k) for k in range(turn * 7, turn * 7 + 7)] for turn in range(3)]
@@ -915,7 +926,7 @@ def test_generated_videos_are_all_there_or_none_and_the_same_each_time(tmp_path,
     assert len(files) == 24 and len(list(x.iterdir())) == 2
     for file in files:
         assert (x / "a" / file).read_bytes() == (x / "b" / file).read_bytes()
-    video = train.moving_scene(np.random.default_rng(0), "up", 48, 64)  # as long as they are used
+    video = train.moving_scene(np.random.default_rng(0), "up", 32, 64)  # as they are used
     for name in "vwxyz":
         train.write_video(tmp_path / f"{name}.mp4", video, 30, crf="18")
     assert len({(tmp_path / f"{name}.mp4").read_bytes() for name in "vwxyz"}) == 1
@@ -923,7 +934,8 @@ def test_generated_videos_are_all_there_or_none_and_the_same_each_time(tmp_path,
 # ------------------------------------------------------------------------------------ pre-training
 
 TINY = ("--model tiny --frames 4 --stride 2 --size 16 --patch 2x8x8 --mask-ratio 0.75 --repeat 2 "
-        "--batch-size 2 --lr 0.5 --device cpu --save-every 2").split()
+        "--batch-size 2 --lr 0.5 --device cpu --save-every 2 --decode-ratio 1 --norm-pix "
+        "--clip 0.02 --warmup 0.15").split()
 
 def arguments(folder, out, *more):
     return ["--data", str(folder), "--out", str(out), *TINY, *" ".join(map(str, more)).split()]
@@ -991,7 +1003,8 @@ def test_the_defaults_are_the_papers_recipe_and_steps_and_rates_follow_from_the_
     if not torch.cuda.is_available():
         assert (args.device, args.amp, args.compile) == ("cpu", "off", False)
         assert (args.batch_size, args.workers) == (2, 1)
-        assert "workers 1: the default for 0 GPUs, " in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert said.startswith("for 0 GPUs and ") and "--batch-size 2, --workers 1\n" in said
     args.world, args.batch_size, args.accum = 8, 16, 4
     train.plan(args, 240_000, 512)
     assert args.steps == 200 * 240_000 / 512 and args.peak_lr == 1.6e-3
@@ -1002,7 +1015,12 @@ def test_the_defaults_are_the_papers_recipe_and_steps_and_rates_follow_from_the_
         train.plan(args, 7, 512)
         assert args.steps == steps and args.peak_lr == pytest.approx(0.5 * 6 / 512)
         line = f"{steps} steps of 6 x 2 clips = {steps * 6 / 7:.1f} passes over 7 videos; "
-        assert line + "learning rate 0.5 x 6 / 512 = 0.00586" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert line + "learning rate 0.5 x 6 / 512 = 0.00586" in out
+        assert "under a hundredth of --lr" not in out
+    args.accum = 1
+    train.plan(args, 7, 512)
+    assert "under a hundredth of --lr" in capsys.readouterr().out
     assert train.parse_arguments(["--epochs", "200"]).steps is None
 
 @pytest.mark.parametrize("target", ["frame", "patch"])
@@ -1114,7 +1132,7 @@ def test_a_run_is_nothing_but_a_plain_loop_over_its_samples(videos, tmp_path, ca
     size = dict(frames=4, height=16, width=16, patch=(2, 8, 8))
     model = MaskedAutoencoder(**mae_st.SIZES["tiny"], **size)
     batches = list(plain_batches(make_clips(videos, seed=0), "noise"))
-    rates = [0.5 * 4 / 512 * share for share in (1 / 3, 2 / 3, 1, 0.5)]
+    rates = [0.5 * 4 / 512 * (0.01 + 0.99 * share) for share in (0, 0.5, 1, 0.5)]
     loss_of = lambda video, noise: model(video, 0.75, noise)
     steps = plain_steps(model, loss_of, lambda name: 1, rates, batches, (0.9, 0.95), 0.02)
     assert_run_is(tmp_path, model, steps)
@@ -1193,17 +1211,17 @@ def test_pictures_show_original_masked_and_reconstruction(videos, tmp_path):
     show_it(videos, run / "last.pt", show)
     for folder in (run, show):
         image = first_picture(folder / "reconstruction.png")
-        assert image.shape == (4 * 3 * 96, 2 * 96, 3)  # two frames of four clips, enlarged
-        original, masked = image[:96].astype(int), image[96:192].astype(int)
+        assert image.shape == (4 * 3 * 128, 2 * 128, 3)  # two frames of four clips, enlarged
+        original, masked = image[:128].astype(int), image[128:256].astype(int)
         gray = (masked == 128).all(-1)
         assert 0.5 < gray.mean() < 1 and abs(original - masked)[~gray].max() == 0
-        assert first_picture(folder / "reconstruction.mp4").shape == (4 * 96, 3 * 96, 3)
+        assert first_picture(folder / "reconstruction.mp4").shape == (4 * 128, 3 * 128, 3)
         assert not list(folder.glob("unfinished*"))
     video = torch.randint(256, (1, 4, 12, 20, 3), dtype=torch.uint8)
     for target, frames in (("frame", video[:, ::2]), ("patch", video)):
         train.write_pictures(tmp_path, MaskedAutoencoder(**SMALL, target=target), video, 0.5,
                              torch.rand(1, *GRID))
-        image = first_picture(tmp_path / "reconstruction.png")[:48:4, ::4]
+        image = first_picture(tmp_path / "reconstruction.png")[:72:6, ::6]
         assert np.array_equal(image, np.concatenate(list(frames[0].numpy()), axis=1))
     assert_refused("--reconstruct gone.mp4: no such file", train.main, [
         "--reconstruct", "gone.mp4", "--init", f"{tmp_path}/run/last.pt", "--device", "cpu"])
@@ -1466,16 +1484,29 @@ train.check_finite = check""")
     torchrun("--max-restarts=3", dying, *command)
     assert_same_run(two_processes, tmp_path / "run")
 
-def test_an_error_on_one_rank_ends_all_and_stands_last_on_the_screen(videos, tmp_path, script):
-    failing = script("""plan = train.plan
+@pytest.mark.parametrize("other", ["in Python", pytest.param("awaits a device", marks=long_only)])
+def test_an_error_on_one_rank_ends_all_and_stands_last_on_the_screen(other, videos, tmp_path,
+                                                                     script):
+    """A process that waits for a device runs no signal handler: torchrun kills it after 30 s."""
+    wait = """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    signal.pause()"""
+    failing = script(f"""plan = train.plan
 def fail(args, *more):
     plan(args, *more)
     if args.rank == 1:
-        raise ArithmeticError("the reason on rank 1")
+        raise ArithmeticError("the reason on rank 1"){wait if other != "in Python" else ""}
 train.plan = fail""")
     result = torchrun(failing, *arguments(videos, tmp_path / "out", "--steps", 50), check=1,
                       timeout=60)
     assert "the reason on rank 1" in result.stderr[result.stderr.index("Root Cause"):]
+
+def test_processes_without_a_gpu_are_an_error_unless_asked_for(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = arguments(videos, tmp_path / "out", "--steps 1 --device auto")
+    result = torchrun(HERE / "train.py", *command, check=1, timeout=60)
+    assert "sees no GPU for torchrun's 2 processes" in result.stderr
+    run_script(HERE / "train.py", *command)  # alone it is a choice that is told
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_data_worker_that_dies_or_hangs_ends_the_run(how, videos, tmp_path, script):
@@ -1736,13 +1767,15 @@ def plain_operation(name, x, m):
               "translate_y": lambda i, j: (j, i + 0.45 * m * H)}.get(name)
     def pixel(c, t, i, j):
         return float(x[c, t, i, j]) if 0 <= i < H and 0 <= j < W else 128.0
+    def cubic(d):  # Keys's kernel with a = -0.75, as in torch
+        return 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
     for c, t, i, j in np.ndindex(x.shape):
         v = float(x[c, t, i, j])
         if source:
             sx, sy = source(i, j)
             top, left = math.floor(sy), math.floor(sx)
-            v = sum((1 - abs(sy - a)) * (1 - abs(sx - b)) * pixel(c, t, a, b)
-                    for a in (top, top + 1) for b in (left, left + 1))
+            v = sum(cubic(abs(sy - a)) * cubic(abs(sx - b)) * pixel(c, t, a, b)
+                    for a in range(top - 1, top + 3) for b in range(left - 1, left + 3))
         elif name == "auto_contrast":
             v = (v - x[c].min()) * 255 / (x[c].max() - x[c].min())
         elif name == "equalize":
@@ -1876,7 +1909,7 @@ def test_without_val_a_tenth_is_held_out_by_its_path_alone(tmp_path):
     few, many = held_out(100), held_out(300)
     assert few <= many and 15 < len(many) < 50
 
-# What the paper code's configs say, k400_VIT_{B,L,H}_16x4_MAE_PT and _FT; for all sizes, or B, L, H.
+# From the paper code's configs k400_VIT_{B,L,H}_16x4_MAE_PT and _FT: for all sizes, or B, L, H.
 # Rates are per node and BATCH_SIZE there, and end rates per node: 512 or 256 videos are 16 nodes.
 OFFICIAL = (
     ("train", "lr", "BASE_LR 1e-4, BATCH_SIZE 64, 32, 32", (1e-4 * 8, 1e-4 * 16, 1e-4 * 16)),
@@ -1893,7 +1926,7 @@ OFFICIAL = (
     ("train", "size", "TRAIN_CROP_SIZE", (224, 224)),
     ("train", "patch", "PATCH_KERNEL", (2, 16, 16)),
     ("train", "decode_ratio", "the paper", 1.0),
-    ("finetune", "lr", "BASE_LR; BATCH_SIZE 16, B reads 1", (6e-4 * 16, 3e-4 * 16, 3e-4 * 16)),
+    ("finetune", "lr", "BASE_LR, BATCH_SIZE 16, B 1", (6e-4 * 16, 3e-4 * 16, 3e-4 * 16)),
     ("finetune", "first", "WARMUP_START_LR 1e-8", 1e-8 * 16),
     ("finetune", "last", "COSINE_END_LR", (1e-5 * 16, 1e-5 * 16, 1e-6 * 16)),
     ("finetune", "epochs", "MAX_EPOCH", (75, 50, 75)),
@@ -1956,9 +1989,11 @@ def labelled(tmp_path_factory):
     return folder
 
 def tuning(folder, out, *more):
-    return ["--data", f"{folder}/train", "--val", f"{folder}/val", "--init",
-            f"{folder}/pretrain/last.pt", "--out", str(out), "--device", "cpu", "--batch-size", "2",
-            "--views", "2x3", *" ".join(map(str, more)).split()]
+    """With the recipe of ViT-B."""
+    return (f"--data {folder}/train --val {folder}/val --init {folder}/pretrain/last.pt "
+            f"--out {out} --device cpu --batch-size 2 --views 2x3 --repeat 2 --layer-decay 0.65 "
+            "--drop-path 0.1 --dropout 0.3 --mixup 0.8 --cutmix 1 --smoothing 0.1 --erase 0.25 "
+            f"--rand-augment 7 --crop 0.08 {' '.join(map(str, more))}").split()
 
 def test_fine_tuning_resumed_is_the_same_run_with_all_of_its_randomness(labelled, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -1996,7 +2031,8 @@ def test_fine_tuning_is_nothing_but_a_plain_loop_where_nothing_is_drawn(labelled
                                    if name.startswith("encoder.")})
     _, labels = train.list_videos(labelled / "train")
     clips = make_clips(labelled / "train", seed=0, area=(0.08, 1), noise=None,
-                       labels=[["left", "right", "up"].index(label) for label in labels])
+                       labels=[["left", "right", "up"].index(label) for label in labels],
+                       one_time=True)
     rates = [0.5 * 4 / 256 * (0.01 + 0.99 * share) for share in (0, 0.5, 1, 0.5)]
     depth = {"encoder.blocks.0": 1, "encoder.blocks.1": 2, "encoder.norm.": 3, "head.": 3}
     def scale_of(name):
@@ -2106,7 +2142,7 @@ def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path, monkeypatch)
              for change, words in cases]
     cases += [(f"--device cpu {command}".split(), words) for command, words in (
         ("--data two.txt", "no checkpoint: .* --scratch"),
-        ("--features f.npz --val two.txt", "with --init$"),
+        ("--features f.npz --val two.txt", "with --init"),
         (f"--predict {left}", "runs/finetune/last.pt is no file"),
         (f"--data {labelled}/val --init {labelled}/pretrain/last.pt", "give --val"))]
     for command, words in cases:

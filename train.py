@@ -561,7 +561,7 @@ RECIPE = {
     "large": dict(lr=1.6e-3, warmup=30 / 200, epochs=200),  # 1e-4 / 32
     "base": dict(lr=8e-4, warmup=60 / 200, epochs=200),  # 1e-4 / 64
     "small": dict(lr=8e-4, warmup=0.1, steps=75_000, batch_size=32, accum=4),  # 38 M clips
-    "tiny": dict(lr=0.064, warmup=0.1, steps=1800, batch_size=32, repeat=1, size=(64, 64),
+    "tiny": dict(lr=0.064, warmup=0.1, steps=1500, batch_size=32, repeat=1, size=(64, 64),
                  patch=(2, 8, 8), decode_ratio=0.25, norm_pix=False, clip=1.0),
 }
 
@@ -668,9 +668,8 @@ def setup(args):
         cpus = len(os.sched_getaffinity(0))
     if args.device == "auto" and not gpus and "WORLD_SIZE" in os.environ and (
             args.world > 1 or torch.version.cuda):
-        raise InputError(f"torchrun started {args.world} process(es), but torch {torch.__version__} "
-                         "sees no GPU, mostly since the driver is too old: mend that, or give "
-                         "--device cpu")
+        raise InputError(f"torch {torch.__version__} sees no GPU for torchrun's {args.world} "
+                         "processes, perhaps since the driver is old: mend it, or --device cpu")
     gpu = args.device == "cuda" or args.device == "auto" and gpus > 0
     if gpu and local >= gpus:
         raise InputError(f"process {local} of this machine has no GPU, torch sees {gpus}: give "
@@ -687,12 +686,13 @@ def setup(args):
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=args.rank,
                                 world_size=args.world, timeout=timedelta(hours=2))
     bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    for key, value in dict(device="cuda" if gpu else "cpu", amp="bf16" if bf16 else "off",
-                           compile=gpu, batch_size=16 if gpu else 2,
-                           workers=min(32, max(1, cpus // here - 1)) if gpu else 1).items():
-        if key in args and getattr(args, key) in (None, "auto"):
-            setattr(args, key, value)
-            print(f"{key} {value}: the default for {gpus} GPUs{', bf16' * bf16}, {cpus} CPUs")
+    chosen = dict(device="cuda" if gpu else "cpu", amp="bf16" if bf16 else "off", compile=gpu,
+                  batch_size=16 if gpu else 2,
+                  workers=min(32, max(1, cpus // here - 1)) if gpu else 1)
+    chosen = {key: x for key, x in chosen.items() if vars(args).get(key, 0) in (None, "auto")}
+    vars(args).update(chosen)
+    print(f"for {gpus} GPUs{', bf16' * bf16} and {cpus} CPUs chosen:",
+          ", ".join(f"--{key.replace('_', '-')} {x}" for key, x in chosen.items()) or "nothing")
     if TORCH_CAME_FIRST and not gpu:
         print("torch was imported before train.py, so its threads may slow the data workers down: "
               "import train first, or set OMP_WAIT_POLICY=PASSIVE")
@@ -857,6 +857,34 @@ def check_finite(row, scaler, clips, args):
                          f"{row['step']} are not finite; nothing was changed or saved. Lower --lr, "
                          f"or try --amp off. The videos were {', '.join(names[:8])}")
 
+def progress(args, start, at_end):
+    """A bar in a terminal, elsewhere a line a minute: -> show(row of the log). The loss that it
+    shows is the mean of the last 50 steps."""
+    bar = tqdm(total=args.steps, initial=start, disable=args.rank > 0 or None)
+    at_end.callback(bar.close)
+    recent, due = [], [time.monotonic() + 60]
+
+    def show(row):
+        recent[:] = [*recent[-49:], row["loss"]]
+        state = "loss {:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait {data_wait:.0%}".format(
+            sum(recent) / len(recent), **row)
+        bar.set_postfix_str(state, refresh=False)
+        bar.update()
+        if bar.disable and time.monotonic() > due[0]:
+            print(f"step {row['step']} of {args.steps}: {state}")
+            due[0] = time.monotonic() + 60
+    return show
+
+def save_run(args, parts, values):
+    """last.pt: the states of the parts and plain values; and args.json, to be read by people."""
+    before = time.monotonic()
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(Path(args.out) / "last.pt", states | values, args.keep)
+    with whole_file(Path(args.out) / "args.json") as path:
+        path.write_text(json.dumps(vars(args), indent=1) + "\n")
+    if (seconds := time.monotonic() - before) > 10:
+        print(f"saving took {seconds:.0f} s; torchrun kills 30 s after SIGTERM")
+
 def fit(args, model, optimizer, clips, loss_of, keep, at_save):
     """Train to the last step, from the newest checkpoint in --out if there is one.
 
@@ -865,15 +893,13 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
     each checkpoint, may return a row for the log."""
     dtype, scaler = DTYPES[args.amp], torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
     parts, awaited = dict(model=model, optimizer=optimizer, scaler=scaler), []
-    recent, due = [], time.monotonic() + 60
     with run_folder(args) as (log, stop, at_end), data_errors(lambda: map(clips.name, awaited)):
         start = resume(args, parts, keep, log)
         forward = torch.compile(model) if args.compile else model
         if args.world > 1:  # large buckets: DDP splits a compiled model where one is full
             forward = DistributedDataParallel(forward, bucket_cap_mb=100,
                                               gradient_as_bucket_view=True)
-        bar = tqdm(total=args.steps, initial=start, disable=args.rank > 0 or None)
-        at_end.callback(bar.close)
+        show = progress(args, start, at_end)
         batches = batches_on_device(clips, args, start, awaited)
         at_end.callback(batches.close)  # ends the data workers
         batch = next(batches, None)
@@ -907,24 +933,12 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
             stopping = row.pop("stop") > 0
             log.write(log_line(row))
             check_finite(row, scaler, clips, args)
-            recent = [*recent[-49:], row["loss"]]  # the bar shows their mean
-            state = "loss {:.4f} lr {lr:.2e} clips/s {clips_per_s:.1f} wait {data_wait:.0%}".format(
-                sum(recent) / len(recent), **row)
-            bar.set_postfix_str(state, refresh=False)
-            bar.update()
-            if bar.disable and time.monotonic() > due:
-                print(f"step {step} of {args.steps}: {state}")
-                due = time.monotonic() + 60
+            show(row)
             if stopping or step % args.save_every == 0 or step == args.steps:
                 if note := at_save(step):
                     log.write(log_line(note))
                 if args.rank == 0:
-                    states = {name: part.state_dict() for name, part in parts.items()}
-                    states |= keep | dict(step=step, log_bytes=log.tell())
-                    before = time.monotonic()
-                    save_checkpoint(Path(args.out) / "last.pt", states, args.keep)
-                    if (seconds := time.monotonic() - before) > 10:
-                        print(f"saving took {seconds:.0f} s; torchrun kills 30 s after SIGTERM")
+                    save_run(args, parts, keep | dict(step=step, log_bytes=log.tell()))
             if stopping and step < args.steps:
                 print(f"stopped after step {step} of {args.steps}, saved; the same command goes on")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
@@ -993,7 +1007,7 @@ def pretrain(args, clips=None):
 def report(args, mean, share):
     """The end of pre-training: loss.svg and two numbers to judge it by."""
     with open(Path(args.out) / "log.jsonl") as log:
-        losses = [row["loss"] for row in map(json.loads, log)]
+        losses = [row["loss"] for row in map(json.loads, log) if "loss" in row]
     part = math.ceil(len(losses) / 20)  # the last 5 % of the steps
     smooth = np.convolve(losses, np.ones(part) / part, "valid")
     line = [(part + i, smooth[i]) for i in range(len(smooth) - 1, -1, -max(1, part // 10))][::-1]
