@@ -561,7 +561,7 @@ RECIPE = {
     "large": dict(lr=1.6e-3, warmup=30 / 200, epochs=200),  # 1e-4 / 32
     "base": dict(lr=8e-4, warmup=60 / 200, epochs=200),  # 1e-4 / 64
     "small": dict(lr=8e-4, warmup=0.1, steps=75_000, batch_size=32, accum=4),  # 38 M clips
-    "tiny": dict(lr=0.064, warmup=0.1, steps=1500, batch_size=32, repeat=1, size=(64, 64),
+    "tiny": dict(lr=0.04, warmup=0.1, steps=1200, batch_size=32, repeat=1, size=(64, 64),
                  patch=(2, 8, 8), decode_ratio=0.25, norm_pix=False, clip=1.0),
 }
 
