@@ -141,7 +141,6 @@ def read_plainly(stream, packets, clips, size):
         decoder.skip_frame = "DEFAULT"
         for packet in [*packets, None]:
             yield from decoder.decode(packet)
-
     pts, held, room = [], [], 2**26
     for frame in decode():
         check_size(frame)
@@ -253,9 +252,9 @@ def list_videos(data):
         with in_a_line(f"{data}: no such folder or list file", OSError):
             if not os.path.isfile(data):
                 raise FileNotFoundError("a regular file is needed")
-            content = Path(data).read_text(encoding="utf-8-sig", errors="surrogateescape")
+            lines = Path(data).read_text("utf-8-sig", "surrogateescape").split("\n")
         folder = os.path.dirname(os.path.abspath(data))
-        for line in filter(None, map(str.strip, content.split("\n"))):
+        for line in filter(None, map(str.strip, lines)):
             if not (match := LINE.fullmatch(line)):
                 raise InputError(f"{data}: {line[:200]!r} names no video ({' '.join(SUFFIXES)})")
             entries.append((os.path.join(folder, match[1]), match[3] or None))
@@ -322,16 +321,16 @@ class VideoClips(Dataset):
             item["label"] = torch.full((self.repeat,), self.labels[video])
         if self.noise:
             seeds = (int(rng_of(self.seed, CLIP, k, r, 1).integers(2**62)) for r in repeats)
-            (strategy, grid), rngs = self.noise, map(torch.Generator().manual_seed, seeds)
+            (strategy, grid), rngs = self.noise, (torch.Generator().manual_seed(s) for s in seeds)
             item["noise"] = torch.cat([mask_noise(strategy, 1, grid, rng) for rng in rngs])
         return item
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 def collate(items):
     """Samples -> a batch: tensors concatenated, so video is (B * R, T, H, W, 3); lists joined."""
     return {key: torch.cat([item[key] for item in items]) if torch.is_tensor(value)
             else sum((item[key] for item in items), []) for key, value in items[0].items()}
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 def loader(dataset, args, **options):
     """A DataLoader whose workers ignore signals: a process finishes its step, then ends them."""
@@ -362,7 +361,6 @@ def moving_scene(rng, move, frames, size):
     1 to 2 pixels a frame, and two shapes drift over it. No single frame shows the direction."""
     def velocity(angle, speed):  # x, y, pixels per frame
         return speed * np.array([np.cos(angle), -np.sin(angle)])
-
     flow = velocity(MOVES.index(move) * math.pi / 4, rng.uniform(1, 2))
     t, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
     # The texture: plane waves, the longer the stronger. Moved by d, their phase turns by wave * d.
@@ -484,7 +482,6 @@ def chart(title, series):
         steps = (float(f"{m}e{e}") for e in range(-12, 15) for m in (1, 2, 5))
         unit = next(unit for unit in steps if high - low <= 6 * unit)
         return np.arange(math.ceil(low / unit), high / unit + 1e-9) * unit
-
     xs, ys = np.array([point for line in series.values() for point in line]).T
     span, top, text_y = xs.max() - xs.min() or 1, 1.05 * ys.max() or 1, 0
     x_of = lambda x: round(60 + 420 * (x - xs.min()) / span, 1)
@@ -702,7 +699,6 @@ def batches_on_device(clips, args, start, awaited):
         for micro in range(start * args.accum, args.steps * args.accum):
             first = (micro * args.world + args.rank) * args.batch_size
             yield range(first, first + args.batch_size)
-
     gpu, skipped = args.device == "cuda", Counter()
     side = torch.cuda.Stream() if gpu else None  # copies while a step computes
     batches = iter(loader(clips, args, batch_sampler=samples(), collate_fn=collate, pin_memory=gpu))
@@ -777,8 +773,8 @@ def resume(args, parts, keep, log):
             if not paths:
                 raise
             print(f"{problem}; trying the checkpoint before it")
-    path = of_all_processes([path], args)[0]  # rank 0 has read it: the others skip the checksums
-    if args.rank > 0 and path:
+    path = of_all_processes([path], args)[0]
+    if args.rank > 0 and path:  # process 0 has looked at the checksums
         content = read_checkpoint(path, checksums=False)
     if len(set(of_all_processes([content and content.get("step")], args))) > 1:
         raise InputError(f"--out {args.out} must be a folder that all processes share")
