@@ -9,7 +9,6 @@ Tables go to stdout as Markdown, everything else to stderr.
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -233,8 +232,8 @@ def find_videos(given):
     at 30 fps with libx264's defaults, as Kinetics has them."""
     if given == ALONE:
         given = "data/kinetics_like"
-        makers = {f"{i}.mp4": functools.partial(kinetics_like, rng_of(0, i)) for i in range(4)}
-        generate_files(given, makers, 30, preset="medium", mbtree="1")
+        files = {f"{i}.mp4": (rng_of(0, i),) for i in range(4)}
+        generate_files(given, kinetics_like, files, 30, preset="medium", mbtree="1")
     return list_videos(given)[0]
 
 def read_straightforwardly(path, clips, size):

@@ -21,7 +21,7 @@ from train import RECIPE as PRETRAINING  # before torch: it sets OMP_WAIT_POLICY
 from train import (DTYPES, BadVideo, InputError, RandomClip, VideoClips, between, build, collate,
                    data_errors, first_look, fit, generate_videos, identity, in_a_line, list_videos,
                    load_init, loader, log_line, of_all_processes, plan, read_clips, rng_of,
-                   run_script, save_checkpoint, setup, shared_flags, sizes, text, whole_file)
+                   run_script, setup, shared_flags, sizes, text, whole_file)
 
 import numpy as np
 import torch
@@ -435,7 +435,8 @@ def fine_tune(args, data, content):
         if row["val_acc1"] > keep["best"]["val_acc1"]:
             keep["best"] = dict(val_acc1=row["val_acc1"], step=step)
             if args.rank == 0:
-                save_checkpoint(Path(args.out) / "best.pt", keep | dict(model=model.state_dict()))
+                with whole_file(Path(args.out) / "best.pt") as path:
+                    torch.save(keep | dict(model=model.state_dict()), path)
         return dict(step=step, **row)
 
     fit(args, model, optimizer, clips, loss_of, keep, at_save=validate)

@@ -5,14 +5,11 @@
     torchrun --nproc_per_node=8 train.py --data kinetics/train.csv        the paper's recipe
     python train.py --reconstruct clip.mp4 --init runs/pretrain/last.pt   look at a reconstruction
 
-From top to bottom: a video file into clips, clips into batches, generated videos, files written and
-read, flags and machine, the training loop `fit`, pre-training.
 """
 import argparse
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import math
 import multiprocessing
@@ -38,7 +35,7 @@ import torch
 import torch.distributed as dist
 from av.stream import Disposition
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -110,7 +107,6 @@ def read_needed(stream, packets, shown, clips, size):
 
 def decode_needed(decoder, packets, wanted):
     """Frames, among them those of the wanted time stamps, bit for bit as in a full decode.
-
     For a wanted frame decoding begins at the last key frame that is not shown later (the leading
     pictures of an open group need the group before), and FFmpeg skips the frames in between that no
     other frame refers to. If the first frame out is not that one (intra refresh), none follow."""
@@ -145,14 +141,12 @@ def read_plainly(stream, packets, clips, size):
         decoder.skip_frame = "DEFAULT"
         for packet in [*packets, None]:
             yield from decoder.decode(packet)
-
     pts, held, room = [], [], 2**26
     for frame in decode():
         check_size(frame)
         pts.append(frame.pts)
         held.append(frame)
-        room -= sum(plane.buffer_size for plane in frame.planes)
-        if room < 0:
+        if (room := room - sum(plane.buffer_size for plane in frame.planes)) < 0:
             held.clear()
     if not pts:
         raise BadVideo("no frame could be decoded")
@@ -179,14 +173,11 @@ def render(clips, numbers, frames, size, stream):
             missing.remove(number)
             looks = (frame.width, frame.height, frame.format.name, frame.rotation,
                      frame.colorspace, frame.color_range)
-            for r, t in np.argwhere(numbers == number):
-                if t and numbers[r, t - 1] == number:  # again: a slow video, or a short one
-                    out[r, t] = out[r, t - 1]
-                    continue
+            for r in np.flatnonzero((numbers == number).any(1)):
                 if (r, looks) not in graphs:
                     graphs[r, looks] = crop_and_scale(frame, clips[r], size, aspect)
                 graphs[r, looks].vpush(frame)
-                out[r, t] = graphs[r, looks].vpull().to_ndarray()
+                out[r, numbers[r] == number] = graphs[r, looks].vpull().to_ndarray()
         if not missing:
             return out
 
@@ -261,9 +252,9 @@ def list_videos(data):
         with in_a_line(f"{data}: no such folder or list file", OSError):
             if not os.path.isfile(data):
                 raise FileNotFoundError("a regular file is needed")
-            content = Path(data).read_text(encoding="utf-8-sig", errors="surrogateescape")
+            lines = Path(data).read_text("utf-8-sig", "surrogateescape").split("\n")
         folder = os.path.dirname(os.path.abspath(data))
-        for line in filter(None, map(str.strip, content.split("\n"))):
+        for line in filter(None, map(str.strip, lines)):
             if not (match := LINE.fullmatch(line)):
                 raise InputError(f"{data}: {line[:200]!r} names no video ({' '.join(SUFFIXES)})")
             entries.append((os.path.join(folder, match[1]), match[3] or None))
@@ -329,10 +320,9 @@ class VideoClips(Dataset):
         if self.labels is not None:
             item["label"] = torch.full((self.repeat,), self.labels[video])
         if self.noise:
-            strategy, grid = self.noise
-            seeds = [int(rng_of(self.seed, CLIP, k, r, 1).integers(2**62)) for r in repeats]
-            item["noise"] = torch.cat([mask_noise(
-                strategy, 1, grid, torch.Generator().manual_seed(seed)) for seed in seeds])
+            seeds = (int(rng_of(self.seed, CLIP, k, r, 1).integers(2**62)) for r in repeats)
+            (strategy, grid), rngs = self.noise, (torch.Generator().manual_seed(s) for s in seeds)
+            item["noise"] = torch.cat([mask_noise(strategy, 1, grid, rng) for rng in rngs])
         return item
 
 def collate(items):
@@ -340,14 +330,14 @@ def collate(items):
     return {key: torch.cat([item[key] for item in items]) if torch.is_tensor(value)
             else sum((item[key] for item in items), []) for key, value in items[0].items()}
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 def loader(dataset, args, **options):
     """A DataLoader whose workers ignore signals: a process finishes its step, then ends them."""
-    def ignore_signals(_):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if args.workers:  # forks: they start at once and share the paths
-        options |= dict(num_workers=args.workers, worker_init_fn=ignore_signals,
-                        timeout=args.data_timeout, multiprocessing_context="fork")
+        options |= dict(num_workers=args.workers, timeout=args.data_timeout,
+                        multiprocessing_context="fork", worker_init_fn=lambda _: [
+                            signal.signal(number, signal.SIG_IGN) for number in STOPPING])
     return DataLoader(dataset, **options)
 
 @contextlib.contextmanager
@@ -367,12 +357,10 @@ def data_errors(files):
 MOVES = "right up_right up up_left left down_left down down_right".split()
 
 def moving_scene(rng, move, frames, size):
-    """A generated video, uint8 (frames, size, size, 3): a camera pans over a textured scene in one
-    of eight directions, 1 to 2 pixels a frame, and two shapes drift over it. No single frame shows
-    the direction."""
+    """A video, uint8 (frames, size, size, 3): a camera pans over a texture in one of 8 directions,
+    1 to 2 pixels a frame, and two shapes drift over it. No single frame shows the direction."""
     def velocity(angle, speed):  # x, y, pixels per frame
         return speed * np.array([np.cos(angle), -np.sin(angle)])
-
     flow = velocity(MOVES.index(move) * math.pi / 4, rng.uniform(1, 2))
     t, place = np.arange(frames)[:, None, None], np.arange(size) + 0.5
     # The texture: plane waves, the longer the stronger. Moved by d, their phase turns by wave * d.
@@ -395,30 +383,28 @@ def moving_scene(rng, move, frames, size):
         video += np.clip(inside, 0, 1)[:, None] * (tone - video)  # (T, 3, H, W)
     return video.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)  # (T, H, W, 3)
 
-def generate_files(folder, makers, fps, **options):
-    """Write videos, file name -> function that makes its frames, all or none, if not yet there."""
+def generate_files(folder, make, files, fps, **options):
+    """Write videos, all or none, if not yet there. files: name -> what make(*...) makes it of."""
     if os.path.isdir(folder):
         return
     with in_a_line(f"cannot write videos to {folder}, make room", OSError):
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as unfinished:
-            for name, make in tqdm(makers.items(), f"writing {folder}", disable=None):
+            for name, given in tqdm(files.items(), f"writing {folder}", disable=None):
                 path = Path(unfinished, "all", name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_video(path, make(), fps, **options)
+                write_video(path, make(*given), fps, **options)
             if not os.path.isdir(folder):  # another run may have been faster
                 os.rename(f"{unfinished}/all", folder)
 
 def generate_videos(folder, args, per_class=100, held_out=40, frames=32, size=64):
     """Labelled videos in folder/train and folder/val, one sub-folder a motion; -> folder"""
-    makers = {f"{name}/{move}/{i:04d}.mp4": functools.partial(
-                  moving_scene, rng_of(0, part, number, i), move, frames, size)
-              for part, (name, count) in enumerate((("train", per_class), ("val", held_out)))
-              for i in range(count) for number, move in enumerate(MOVES)}
-    if args.rank == 0:
-        generate_files(folder, makers, 30 / 4, crf="18")  # at the default stride every frame
-    if args.world > 1:
-        dist.barrier()
+    files = {f"{name}/{move}/{i:04d}.mp4": (rng_of(0, part, number, i), move, frames, size)
+             for part, (name, count) in enumerate((("train", per_class), ("val", held_out)))
+             for i in range(count) for number, move in enumerate(MOVES)}
+    if args.rank == 0:  # at the default stride every frame is taken
+        generate_files(folder, moving_scene, files, 30 / 4, crf="18")
+    of_all_processes([], args)  # the others wait for process 0
     return folder
 
 # ------------------------------------------------------------------------- files written and read
@@ -429,7 +415,7 @@ def whole_file(path, keep=1):
     file before becomes last-1.pt, and so on, `keep` in all."""
     path = Path(path)
     unfinished = path.with_name(f"unfinished-{path.name}")
-    names = [path] + [path.with_stem(f"{path.stem}-{age}") for age in range(1, keep)]
+    names = [unfinished, path] + [path.with_stem(f"{path.stem}-{age}") for age in range(1, keep)]
     try:
         with in_a_line(f"cannot write {path}; make room, or choose another folder or size",
                        OSError, RuntimeError, ValueError, MemoryError):
@@ -439,7 +425,6 @@ def whole_file(path, keep=1):
             for newer, older in reversed(list(zip(names, names[1:]))):
                 if newer.exists():
                     newer.replace(older)
-            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -497,7 +482,6 @@ def chart(title, series):
         steps = (float(f"{m}e{e}") for e in range(-12, 15) for m in (1, 2, 5))
         unit = next(unit for unit in steps if high - low <= 6 * unit)
         return np.arange(math.ceil(low / unit), high / unit + 1e-9) * unit
-
     xs, ys = np.array([point for line in series.values() for point in line]).T
     span, top, text_y = xs.max() - xs.min() or 1, 1.05 * ys.max() or 1, 0
     x_of = lambda x: round(60 + 420 * (x - xs.min()) / span, 1)
@@ -512,17 +496,13 @@ def chart(title, series):
     colours = dict(zip(series, "#3584e4 #e0701a #2a9d4a #b04fc8 #c0392b #888".split()))
     for name, line in sorted(series.items(), key=lambda item: -item[1][-1][1]):
         places = [(x_of(x), y_of(y)) for x, y in line]
-        path = " ".join(f"{x},{y}" for x, y in places)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}"/>')
+        points = " ".join(f"{x},{y}" for x, y in places)
+        out.append(f'<polyline points="{points}" fill="none" stroke="{colours[name]}"/>')
         out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colours[name]}"/>'
                 for x, y in places if len(line) < 20]
         text_y = max(text_y + 18, places[-1][1] + 5)  # beside the last point, never on another text
         out.append(f'<text x="494" y="{text_y}" fill="{colours[name]}">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
-
-def save_checkpoint(path, content, keep=1):
-    with whole_file(path, keep) as unfinished:
-        torch.save(content, unfinished)
 
 def read_checkpoint(path, checksums=True):
     """A checkpoint, on the CPU. Only tensors and plain values are loaded: it cannot run code."""
@@ -651,8 +631,7 @@ def parse_arguments(argv=None):
     add("--check-data", action="store_true", help="only read every file of --data once")
     given = first_look(parser, argv)
     model = given.model or ("large" if given.data else "tiny")
-    steps = dict(steps=None) if given.epochs else {}
-    parser.set_defaults(model=model, **RECIPE[model] | steps)
+    parser.set_defaults(model=model, **RECIPE[model] | (dict(steps=None) if given.epochs else {}))
     if given.reconstruct:  # these come from the checkpoint
         parser.set_defaults(mask_ratio=None, strategy=None, stride=None, out="runs/reconstruct")
     return parser.parse_args(argv)
@@ -663,9 +642,8 @@ def setup(args):
         ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     if args.rank > 0:  # process 0 speaks for all; errors of the others go to stderr
         sys.stdout = open(os.devnull, "w")
-    gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        cpus = len(os.sched_getaffinity(0))
+    gpus, linux = torch.cuda.device_count(), hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     if args.device == "auto" and not gpus and "WORLD_SIZE" in os.environ and (
             args.world > 1 or torch.version.cuda):
         raise InputError(f"torch {torch.__version__} sees no GPU for torchrun's {args.world} "
@@ -714,15 +692,13 @@ def plan(args, videos, batch):
 # ------------------------------------------------------------------------------ the training loop
 
 def batches_on_device(clips, args, start, awaited):
-    """The batches from step `start` on, on the device, their video as (B * R, 3, T, H, W).
-
-    A step takes batch_size * accum * world samples in order; its micro-batch a on rank r is the
-    slice a * world + r of them. awaited[:] are the samples that are being read."""
+    """The batches from step `start` on, on the device, their video as (B * R, 3, T, H, W). A step
+    takes batch_size * accum * world samples in order; its micro-batch a on rank r is the slice
+    a * world + r of them. awaited[:] are the samples that are being read."""
     def samples():
         for micro in range(start * args.accum, args.steps * args.accum):
             first = (micro * args.world + args.rank) * args.batch_size
             yield range(first, first + args.batch_size)
-
     gpu, skipped = args.device == "cuda", Counter()
     side = torch.cuda.Stream() if gpu else None  # copies while a step computes
     batches = iter(loader(clips, args, batch_sampler=samples(), collate_fn=collate, pin_memory=gpu))
@@ -797,8 +773,8 @@ def resume(args, parts, keep, log):
             if not paths:
                 raise
             print(f"{problem}; trying the checkpoint before it")
-    path = of_all_processes([path], args)[0]  # rank 0 has read it: the others skip the checksums
-    if args.rank > 0 and path:
+    path = of_all_processes([path], args)[0]
+    if args.rank > 0 and path:  # process 0 has looked at the checksums
         content = read_checkpoint(path, checksums=False)
     if len(set(of_all_processes([content and content.get("step")], args))) > 1:
         raise InputError(f"--out {args.out} must be a folder that all processes share")
@@ -843,7 +819,7 @@ def run_folder(args):
             at_end.enter_context(log)
             if args.rank == 0:
                 fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit it
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             at_end.callback(signal.signal, number, signal.signal(number, receive))
         yield log, stop, at_end
 
@@ -858,10 +834,9 @@ def check_finite(row, scaler, clips, args):
                          f"or try --amp off. The videos were {', '.join(names[:8])}")
 
 def progress(args, start, at_end):
-    """A bar in a terminal, elsewhere a line a minute: -> show(row of the log). The loss that it
-    shows is the mean of the last 50 steps."""
-    bar = tqdm(total=args.steps, initial=start, disable=args.rank > 0 or None)
-    at_end.callback(bar.close)
+    """A bar in a terminal, elsewhere a line a minute, with the mean loss of the last 50 steps:
+    -> show(row of the log)"""
+    bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=args.rank > 0 or None))
     recent, due = [], [time.monotonic() + 60]
 
     def show(row):
@@ -878,8 +853,8 @@ def progress(args, start, at_end):
 def save_run(args, parts, values):
     """last.pt: the states of the parts and plain values; and args.json, to be read by people."""
     before = time.monotonic()
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(Path(args.out) / "last.pt", states | values, args.keep)
+    with whole_file(Path(args.out) / "last.pt", args.keep) as path:
+        torch.save({name: part.state_dict() for name, part in parts.items()} | values, path)
     with whole_file(Path(args.out) / "args.json") as path:
         path.write_text(json.dumps(vars(args), indent=1) + "\n")
     if (seconds := time.monotonic() - before) > 10:
@@ -887,7 +862,6 @@ def save_run(args, parts, values):
 
 def fit(args, model, optimizer, clips, loss_of, keep, at_save):
     """Train to the last step, from the newest checkpoint in --out if there is one.
-
     optimizer: fused. clips: see `VideoClips`. loss_of(model, batch) -> dict(loss=..., more numbers
     to log) of a micro-batch. keep: plain values for the checkpoint. at_save(step), called before
     each checkpoint, may return a row for the log."""
@@ -897,8 +871,7 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
         start = resume(args, parts, keep, log)
         forward = torch.compile(model) if args.compile else model
         if args.world > 1:  # large buckets: DDP splits a compiled model where one is full
-            forward = DistributedDataParallel(forward, bucket_cap_mb=100,
-                                              gradient_as_bucket_view=True)
+            forward = DDP(forward, bucket_cap_mb=100, gradient_as_bucket_view=True)
         show = progress(args, start, at_end)
         batches = batches_on_device(clips, args, start, awaited)
         at_end.callback(batches.close)  # ends the data workers
@@ -926,9 +899,8 @@ def fit(args, model, optimizer, clips, loss_of, keep, at_save):
             seconds = elapsed(begin, waits[-1][1])
             row = dict(step=step, epoch=step * args.videos_per_step / len(clips))
             row |= mean_of_all_processes(dict(
-                sums, lr=lr, grad_norm=norm, stop=len(stop),
-                clips_per_s=seen * args.world / seconds,
-                data_wait=sum(elapsed(*wait) for wait in waits) / seconds), args)
+                sums, lr=lr, grad_norm=norm, clips_per_s=seen * args.world / seconds,
+                data_wait=sum(elapsed(*wait) for wait in waits) / seconds, stop=len(stop)), args)
             row["peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9 or None  # CPU: null
             stopping = row.pop("stop") > 0
             log.write(log_line(row))
@@ -988,8 +960,7 @@ def pretrain(args, clips=None):
     print(f"loss of always predicting the mean: {mean:.4f}; training should get well below")
 
     def loss_of(model, batch):
-        return dict(loss=model(batch["video"], args.mask_ratio, batch["noise"],
-                               args.decode_ratio))
+        return dict(loss=model(batch["video"], args.mask_ratio, batch["noise"], args.decode_ratio))
 
     def draw(_, out=Path(args.out)):
         if args.rank == 0:  # one clip of each of the first four videos
