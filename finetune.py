@@ -413,9 +413,8 @@ def fine_tune(args, data, content):
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay),
                                   lr=args.peak_lr, betas=(0.9, 0.999), fused=True)
     clips = VideoClips(data.train, seed=args.seed, repeat=args.repeat, frames=args.frames,
-                       stride=args.stride, size=args.size, labels=data.train_labels,
-                       area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling],
-                       one_time=True)
+                       stride=args.stride, size=args.size, labels=data.train_labels, one_time=True,
+                       area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling])
     table = content["model"]["encoder.pos_embed_temporal"] if content else torch.zeros(0)
     keep = dict(identity=identity(args, data.train) | dict(
         labels=zlib.crc32(np.array(data.train_labels).tobytes()), classes=len(data.classes),
@@ -438,7 +437,6 @@ def fine_tune(args, data, content):
                 with whole_file(Path(args.out) / "best.pt") as path:
                     torch.save(keep | dict(model=model.state_dict()), path)
         return dict(step=step, **row)
-
     fit(args, model, optimizer, clips, loss_of, keep, at_save=validate)
     scores = score(model, data.val, args.views, args)
     row = accuracy(scores, data.val_labels, args.views)
@@ -518,12 +516,11 @@ RECIPE = {
 }
 RECIPE["small"] = RECIPE["base"]
 PROBE = dict(lr=3.2e-2, lr_ends=(0.01, 0.01), weight_decay=0.0, **PLAIN)  # AdamW; MAE has LARS
-# Generated videos: a mirrored motion is another class.
-DEMO = dict(per_class=10, flip=False, save_every=100)
+DEMO = dict(per_class=10, flip=False, save_every=100)  # a mirrored motion is another class
 SHAPE = dict(frames=16, size=(224, 224), patch=(2, 16, 16), stride=4.0, sampling="clip")
 
 def make_parser():
-    parser = shared_flags(__doc__.split("\n\n")[0])
+    parser = shared_flags(__doc__, RECIPE)
     add, share, positive = parser.add_argument, between(0, 1), between(1e-12, 1e9)
     beta, onoff = between(0, 100), argparse.BooleanOptionalAction
     add("--val", type=text, help="videos to validate on, as --data (else a tenth of --data)")
@@ -558,21 +555,20 @@ def parse_arguments(argv=None):
     parser = make_parser()
     given, content, known = first_look(parser, argv), None, dict(SHAPE)
     demo = not (given.data or given.val or given.predict)
-    if given.eval or given.predict:
-        given.init = given.init or "runs/finetune/last.pt"
-    elif demo and not given.scratch:
-        given.init = given.init or "runs/pretrain/last.pt"
+    trained = "runs/finetune/last.pt" if given.eval or given.predict else (
+        "runs/pretrain/last.pt" if demo and not given.scratch else None)
+    given.init = given.init or trained
     if not given.init and (given.features or not given.scratch) and not given.help:
         raise InputError("no checkpoint: give one with --init, or train without, with --scratch")
     model = given.model or ("tiny" if demo else "large")
     if given.init and not given.help:
         content = load_init(given.init)
-        kept, trained = content["model_args"], content.get("identity", {})
+        kept, before = content["model_args"], content.get("identity", {})
         model = next((name for name, size in SIZES.items() if all(
             kept.get(key) == size[key] for key in ("dim", "depth", "heads"))), None)
         known |= dict(frames=kept["frames"], size=(kept["height"], kept["width"]),
                       patch=tuple(kept["patch"]))
-        known |= {key: trained[key] for key in ("stride", "sampling") if key in trained}
+        known |= {key: before[key] for key in ("stride", "sampling") if key in before}
         for key, value in (("model", model), ("patch", known["patch"])):
             if vars(given)[key] not in (None, value):
                 raise InputError(f"--{key} {vars(given)[key]}: {given.init} has {value}; leave the "
@@ -580,9 +576,9 @@ def parse_arguments(argv=None):
     else:
         known |= {key: value for key, value in PRETRAINING[model].items() if key in SHAPE}
     command = [name for name in ("eval", "probe", "scratch") if vars(given)[name]] + ["finetune"]
-    known |= dict(init=given.init, model=model, out=f"runs/{command[0]}")
+    known |= dict(init=given.init, model=model, out=f"runs/{command[0]}",
+                  compare=demo and command == ["finetune"])
     known |= RECIPE.get(model, RECIPE["base"]) | (DEMO if demo else {})
-    known |= dict(compare=demo and command == ["finetune"])
     known |= PROBE if given.probe else dict(layer_decay=1.0) if given.scratch else {}
     parser.set_defaults(**known | (dict(steps=None) if given.epochs else {}))
     args = parser.parse_args(argv)

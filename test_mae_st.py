@@ -2389,3 +2389,26 @@ def test_the_commands_of_the_readme_run_at_toy_size(small_demo):
     assert Counter(script for script, _ in commands) == dict(train=5, finetune=2, bench=5)
     for script, given in commands:
         SCRIPTS[script].main([*given, *TOY[script]])
+
+def test_the_numbers_in_the_tables_of_the_readme_stand_in_assets():
+    rows = {path.stem: json.loads(path.read_text()) for path in (HERE / "assets").glob("*.json")}
+    assert bench.markdown(bench.ARITHMETIC | bench.AS_PAPER, rows["flops_large"]) in README
+    columns = {"hidden": "{name}", "clips/s": "{clips_per_s:.3g}", "speedup": "{speedup:.2f}x",
+               "predicted": "{predicted_speedup:.2f}x",
+               "of a matrix product's TFLOP/s": "{share_of_product:.0%}"}
+    assert bench.markdown(columns, rows["base_cpu"]) in README
+    plain, fast = (np.median([row["clips_per_s"] for row in rows[name]])
+                   for name in ("loader_cpu", "loader_transcoded_cpu"))
+    assert f"took one core {4000 / plain:.0f} s ({plain:.0f} clips/s)" in README
+    assert f"({fast:.0f} clips/s on files so made, {fast / plain:.1f}x as many" in README
+    assert f"{np.median([row['ratio'] for row in rows['loader_cpu']]):.2f}x in the median" in README
+    runs, found = rows_of(HERE / "assets" / "miniature.jsonl"), 0
+    table = README.split("## The findings in small")[1].split("\n## ")[0]
+    for line in re.findall(r"^\| `.*", table, re.M):
+        name, *cells = (cell.strip("` ") for cell in line.strip("|").split("|"))
+        for per_class, cell in zip((5, 10, 20), cells, strict=True):
+            top1 = [run["end"]["val_acc1"] for run in runs
+                    if (run["run"], run["per_class"]) == (name, per_class)]
+            assert cell == (f"{np.mean(top1):.1f} ± {np.std(top1):.1f}" if top1 else ""), line
+            found += len(top1)
+    assert found == len(runs)

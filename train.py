@@ -390,7 +390,8 @@ def generate_files(folder, make, files, fps, **options):
     with in_a_line(f"cannot write videos to {folder}, make room", OSError):
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as unfinished:
-            for name, given in tqdm(files.items(), f"writing {folder}", disable=None):
+            print(f"writing {len(files)} videos to {folder}")
+            for name, given in tqdm(files.items(), disable=None):
                 path = Path(unfinished, "all", name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_video(path, make(*given), fps, **options)
@@ -578,9 +579,10 @@ def sizes(count):
         return numbers
     return size
 
-def shared_flags(description):
+def shared_flags(about, recipe):
     """A parser with the flags of train.py and finetune.py."""
-    parser = Parser(description)
+    parser = Parser(about.split("\n\n")[0])
+    parser.epilog = f"By --model: {recipe}"
     add, count, positive = parser.add_argument, between(1, 10**9, int), between(1e-12, 1e9)
     size, onoff = between(1, 65536, int), argparse.BooleanOptionalAction
     add("--data", type=text, help="folder of videos or list file; without it some are generated")
@@ -617,7 +619,7 @@ def first_look(parser, argv):
     return given
 
 def parse_arguments(argv=None):
-    parser = shared_flags(__doc__.split("\n\n")[0])
+    parser = shared_flags(__doc__, RECIPE)
     add, share, onoff = parser.add_argument, between(0, 1), argparse.BooleanOptionalAction
     add("--mask-ratio", type=share, default=0.9, help="share of the tokens that is hidden")
     add("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
