@@ -1506,7 +1506,30 @@ def test_processes_without_a_gpu_are_an_error_unless_asked_for(videos, tmp_path,
     command = arguments(videos, tmp_path / "out", "--steps 1 --device auto")
     result = torchrun(HERE / "train.py", *command, check=1, timeout=60)
     assert "sees no GPU for torchrun's 2 processes" in result.stderr
-    run_script(HERE / "train.py", *command)  # alone it is a choice that is told
+    alone = run_script(HERE / "train.py", *command)  # there it is a choice that is told
+    assert "0 GPUs and" in alone.stdout and not re.search(r"[\r\x1b]", alone.stdout + alone.stderr)
+
+def test_where_there_is_no_terminal_a_line_a_minute_tells_the_progress(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    show = train.progress(argparse.Namespace(rank=0, steps=9), 0, contextlib.ExitStack())
+    for step in range(1, 10):
+        now[0] += 25
+        show(dict(step=step, loss=step, lr=0.1, clips_per_s=8.0, data_wait=0.25))
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines() == [
+        f"step {step} of 9: loss {(step + 1) / 2:.4f} lr 1.00e-01 clips/s 8.0 wait 25%"
+        for step in (3, 6, 9)]
+
+def test_a_save_that_takes_long_is_told(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 11.0, 20.0, 29.0])
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    args = argparse.Namespace(out=str(tmp_path), keep=1, size=(2, 3))
+    for told in ("saving took 11 s; torchrun kills 30 s after SIGTERM\n", ""):
+        train.save_run(args, dict(model=torch.nn.Linear(2, 1)), dict(step=3))
+        assert capsys.readouterr().out == told
+    assert json.loads((tmp_path / "args.json").read_text())["size"] == [2, 3]
+    assert train.read_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_data_worker_that_dies_or_hangs_ends_the_run(how, videos, tmp_path, script):
