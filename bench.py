@@ -4,6 +4,7 @@
     python bench.py --flops --model huge       the arithmetic alone
     python bench.py --loader my_videos         reading clips, beside the straightforward way
     python bench.py --end-to-end my_videos     computing, and loading + computing: Table 1 in full
+    python bench.py --findings runs.jsonl      accuracy, from what the README's loop has written
 
 Tables go to stdout as Markdown, everything else to stderr.
 """
@@ -341,6 +342,31 @@ def speed_chart(rows):
         f"{name} {rows[-1][key]:.1f}x": [(100 * row["mask_ratio"], row[key]) for row in rows]
         for name, key in series.items() if key in rows[0]})
 
+# ------------------------------------------------------------------------------ accuracy of runs
+
+def findings(args):
+    """--findings: heading, columns and rows, one for all seeds of a run. In the chart: 10 labels"""
+    top1, seconds = {}, {}
+    with in_a_line(f"--findings {args.findings}", OSError, ValueError, KeyError, TypeError):
+        for line in map(json.loads, Path(args.findings).read_text().splitlines()):
+            top1.setdefault((line["run"], line["per_class"]), []).append(line["end"]["val_acc1"])
+            seconds.setdefault(line["run"], []).append(line["seconds"])
+    counts = sorted({n for _, n in top1})
+    cell = lambda x: f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else ""
+    rows = [dict(name=name, minutes=np.mean(x) / 60, top1=np.mean(top1.get((name, 10), np.nan)),
+                 **{f"of_{n}": cell(top1.get((name, n))) for n in counts})
+            for name, x in seconds.items()]
+    columns = {"run": "`{name}`", "minutes": "{minutes:.1f}"}
+    columns |= {f"{n} labels a class": f"{{of_{n}}}" for n in counts}
+    return ["Top-1 in %, mean ± std of the seeds; minutes of pre-training."], columns, rows
+
+def findings_chart(rows):
+    series = {}
+    for row in sorted(rows, key=lambda row: row["minutes"]):
+        if row["name"][0] == "0":
+            series.setdefault(row["name"].split("-")[0], []).append((row["minutes"], row["top1"]))
+    return chart("top-1 (%) against minutes of pre-training, by masking ratio", series)
+
 # ----------------------------------------------------------------------------------- the commands
 
 def describe(args, model):  # for the heading
@@ -384,6 +410,7 @@ def parse_arguments(argv=None):
     add("--flops", action="store_true", help="only the arithmetic")
     add("--loader", **optional, help="only reading clips; alone: of generated files")
     add("--end-to-end", **optional, help="also load + compute; alone: on generated files")
+    add("--findings", type=text, metavar="FILE", help="only the accuracy of runs")
     add("--model", choices=SIZES, help="size (large, on a CPU small)")
     add("--ratios", type=between(0, 1), nargs="+", default=[0.5, 0.75, 0.9, 0.95], help="hidden")
     add("--strategy", choices=STRATEGIES, default="agnostic", help="what is hidden together")
@@ -403,7 +430,7 @@ def parse_arguments(argv=None):
     add("--workers", type=between(0, 256, int), help="data workers (from the CPUs)")
     add("--data-timeout", type=between(1, 86400, int), default=300, help="s to wait for a batch")
     add("--json", type=text, metavar="FILE", help="write every row with all settings")
-    add("--chart", type=text, metavar="FILE.svg", help="draw speedup against masking ratio")
+    add("--chart", type=text, metavar="FILE.svg", help="draw the table")
     args = parser.parse_args(argv)
     if args.chart and args.loader:
         parser.error("--chart draws what --loader does not measure")
@@ -416,7 +443,8 @@ def main(argv=None):
     with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is not the table
         setup(args)
         args.model = args.model or ("large" if args.device == "cuda" or args.flops else "small")
-        heading, columns, rows = (loading if args.loader else speed)(args)
+        command = findings if args.findings else loading if args.loader else speed
+        heading, columns, rows = command(args)
     print("\n\n".join([*heading, markdown(columns, rows)]))
     settings = vars(args) | dict(torch=torch.__version__)
     if args.json:
@@ -424,7 +452,7 @@ def main(argv=None):
             path.write_text(json.dumps([settings | row for row in rows], indent=1) + "\n")
     if args.chart:
         with whole_file(args.chart) as path:
-            path.write_text(speed_chart(rows))
+            path.write_text((findings_chart if args.findings else speed_chart)(rows))
 
 if __name__ == "__main__":
     run_script(main)

@@ -2299,6 +2299,25 @@ def test_bench_prints_a_table_and_draws_a_chart(videos, tmp_path, monkeypatch, c
     drawn = ElementTree.parse(tmp_path / "c.svg").iter("{http://www.w3.org/2000/svg}circle")
     assert len(list(drawn)) == 3 * 2  # predicted, compute, load + compute at two ratios
 
+def test_the_findings_are_means_over_seeds_and_the_chart_has_a_line_for_each_ratio(
+        tmp_path, capsys):
+    runs = [("0.9", 1, 5, 60, 20), ("0.9", 1, 10, 60, 30), ("0.9", 2, 10, 180, 50),
+            ("0.9-time", 1, 10, 30, 10), ("scratch", 1, 10, 0, 12.5)]
+    (tmp_path / "runs.jsonl").write_text("\n".join(
+        json.dumps(dict(run=run, seed=seed, per_class=n, seconds=seconds, end=dict(val_acc1=top1)))
+        for run, seed, n, seconds, top1 in runs))
+    command = [f"--findings={tmp_path}/runs.jsonl", f"--chart={tmp_path}/chart.svg"]
+    bench.main(command)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| run | minutes | 5 labels a class | 10 labels a class |", "| --- | --: | --: | --: |",
+        "| `0.9` | 1.7 | 20.0 ± 0.0 | 40.0 ± 10.0 |", "| `0.9-time` | 0.5 |  | 10.0 ± 0.0 |",
+        "| `scratch` | 0.0 |  | 12.5 ± 0.0 |"]
+    (line,) = ElementTree.parse(tmp_path / "chart.svg").iter("{http://www.w3.org/2000/svg}polyline")
+    (x, y), end = (tuple(map(float, point.split(","))) for point in line.get("points").split())
+    assert (x, end[0]) == (60, 480) and (320 - end[1]) == pytest.approx(4 * (320 - y), abs=0.5)
+    (tmp_path / "runs.jsonl").write_text("[1]")
+    assert_refused("--findings", bench.main, command)
+
 def test_steps_of_the_benchmark_are_those_of_training():
     run, rows = bench_run(*"--size 32 --decoder-width 32 --decoder-depth 2 --ratios 0.75".split())
     model = run.model
@@ -2352,6 +2371,7 @@ def test_the_tables_figures_follow_from_the_clock(videos, monkeypatch):
 # --------------------------------------------------------------------------------------- the README
 
 README = (HERE / "README.md").read_text()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 
 @pytest.fixture
 def small_demo(tmp_path, monkeypatch):
@@ -2381,10 +2401,9 @@ def test_the_snippets_in_the_readme_run_and_give_the_shapes_they_say(small_demo)
 
 def commands_of(text):
     """What stands in blocks without a language, and in backquotes, and runs one of our scripts."""
-    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
-    blocks = [line for language, block in fence.findall(text) if not language
+    blocks = [line for language, block in FENCE.findall(text) if not language
               for line in block.splitlines()]
-    spans = re.findall(r"`([^`\n]+)`", fence.sub("", text))
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     for command in [part.strip() for line in [*blocks, *spans] for part in line.split("&&")]:
         found = re.match(r"(?:python|torchrun(?: --\S+)*) (train|finetune|bench)\.py\b(.*)",
                          command)
@@ -2406,34 +2425,28 @@ def test_every_command_in_the_readme_is_one_that_its_script_takes(monkeypatch):
 
 def test_the_commands_of_the_readme_run_at_toy_size(small_demo, monkeypatch):
     monkeypatch.setattr(bench, "LEAST", 0)
-    blocks = re.findall(r"^```\n(.*?)^```$", README, re.S | re.M)
-    lines = [line for block in blocks for line in block.splitlines()]
-    commands = list(commands_of("```\n" + "\n".join(
-        line for line in lines if not line.startswith("torchrun")) + "\n```"))
+    blocks = [match[0] for match in FENCE.finditer(README) if not match[1]]
+    commands = list(commands_of(re.sub("(?m)^torchrun.*\n", "", "\n".join(blocks))))
     assert Counter(script for script, _ in commands) == dict(train=5, finetune=2, bench=4)
     for script, given in commands:
         small = "--size 32 --frames 4".split() if script == "train" else []
         SCRIPTS[script].main([*given, *TOY[script], *small])
 
-def test_the_numbers_in_the_tables_of_the_readme_stand_in_assets():
-    rows = {path.stem: json.loads(path.read_text()) for path in (HERE / "assets").glob("*.json")}
+def test_the_numbers_in_the_readme_stand_in_assets(tmp_path, capsys):
+    assets = HERE / "assets"
+    rows = {path.stem: json.loads(path.read_text()) for path in assets.glob("*.json")}
     assert bench.markdown(bench.ARITHMETIC | bench.AS_PAPER, rows["flops_large"]) in README
-    columns = {"hidden": "{name}", "clips/s": "{clips_per_s:.3g}", "speedup": "{speedup:.2f}x",
-               "predicted": "{predicted_speedup:.2f}x",
-               "of a matrix product's TFLOP/s": "{share_of_product:.0%}"}
-    assert bench.markdown(columns, rows["base_cpu"]) in README
+    measured, predicted, shares = ([row[key] for row in rows["base_cpu"]] for key in (
+        "speedup", "predicted_speedup", "share_of_product"))
+    for speedups in (measured, predicted):
+        assert "{:.2f}x, {:.2f}x, {:.2f}x and {:.2f}x".format(*speedups[1:]) in README
+    assert f"{100 * min(shares):.0f} to {100 * max(shares):.0f} % of a matrix product" in README
     plain, fast = (np.median([row["clips_per_s"] for row in rows[name]])
                    for name in ("loader_cpu", "loader_transcoded_cpu"))
     assert f"took one core {4000 / plain:.0f} s ({plain:.0f} clips/s)" in README
     assert f"({fast:.0f} clips/s on files so made, {fast / plain:.1f}x as many" in README
-    assert f"{np.median([row['ratio'] for row in rows['loader_cpu']]):.2f}x in the median" in README
-    runs, found = rows_of(HERE / "assets" / "miniature.jsonl"), 0
-    table = README.split("## The findings in small")[1].split("\n## ")[0]
-    for line in re.findall(r"^\| `.*", table, re.M):
-        name, *cells = (cell.strip("` ") for cell in line.strip("|").split("|"))
-        for per_class, cell in zip((5, 10, 20), cells, strict=True):
-            top1 = [run["end"]["val_acc1"] for run in runs
-                    if (run["run"], run["per_class"]) == (name, per_class)]
-            assert cell == (f"{np.mean(top1):.1f} ± {np.std(top1):.1f}" if top1 else ""), line
-            found += len(top1)
-    assert found == len(runs)
+    ratio = np.median([row["ratio"] for row in rows["loader_cpu"]])
+    assert f"cropping in torch: {ratio:.2f}x" in README
+    bench.main(["--findings", f"{assets}/miniature.jsonl", "--chart", f"{tmp_path}/chart.svg"])
+    assert capsys.readouterr().out.split("\n\n")[1].strip() in README
+    assert (tmp_path / "chart.svg").read_text() == (assets / "miniature.svg").read_text()
