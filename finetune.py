@@ -202,10 +202,8 @@ def erase(video, holes):
 
 def mix(video, targets, rng, mixup, cutmix):
     """Mix clip b of the batch with clip B - 1 - b: video (B, 3, T, H, W), targets (B, classes).
-
     mixup (arXiv 1710.09412) adds the two, cutmix (1905.04899) puts a box of one into the other;
-    where both are asked for, even odds decide. Targets are mixed in the proportion that is seen.
-    """
+    where both are asked for, even odds decide. Targets are mixed in the proportion that is seen."""
     if not mixup and not cutmix:
         return video, targets
     other = video.flip(0)
@@ -401,6 +399,8 @@ def write_predictions(out, scores, data):
 def fine_tune(args, data, content):
     """Fine-tune, or train from scratch; returns top-1 at the end, in per cent."""
     torch.manual_seed(args.seed)
+    if args.probe and args.batch_size * args.repeat == 1:
+        raise InputError("--probe has a batch-norm: give --batch-size 2 or more")
     model_args, model = make_classifier(args, content, len(data.classes), batch_norm=args.probe)
     if content and not args.scratch:
         before = content.get("classes"), content["model_args"].get("batch_norm", False)

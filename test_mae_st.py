@@ -2160,7 +2160,8 @@ def test_wrong_input_of_fine_tuning_is_one_line(labelled, tmp_path, monkeypatch)
              ("--eval", "has no head"), ("--predict x.mp4", "has no head"),
              ("--features gone/f.npz", "--features gone/f.npz cannot be written"),
              ("--features empty", "cannot be written"), ("--mixup -1", "not from"),
-             ("--layer-decay 2", "not from"), ("--val=", "--val: it is empty")]
+             ("--layer-decay 2", "not from"), ("--val=", "--val: it is empty"),
+             ("--probe --repeat 1 --batch-size 1", "--batch-size 2 or more")]
     cases = [(tuning(labelled, "out", "--steps 2 --workers 0", change), words)
              for change, words in cases]
     cases += [(f"--device cpu {command}".split(), words) for command, words in (
