@@ -140,9 +140,8 @@ def make_row(run, line):
 def videos_that_fit(run, encoder_tokens):
     """A power of two that takes half of a GPU's memory, or 0.75 GB on a CPU. About 40 bytes per
     token, block and unit of width wait for the backward pass, 80 in float32."""
-    model, budget = run.model, 0.75e9
-    if run.args.device == "cuda":
-        budget = torch.cuda.get_device_properties(0).total_memory / 2
+    model, gpu = run.model, run.args.device == "cuda"
+    budget = torch.cuda.get_device_properties(0).total_memory / 2 if gpu else 0.75e9
     units = len(model.encoder.blocks) * model.decoder_embed.in_features * encoder_tokens
     units += len(model.decoder_blocks) * model.decoder_pos_embed.numel()
     clips = budget / (units * (40 if DTYPES[run.args.amp] else 80))
@@ -205,15 +204,14 @@ def results(run, rows, product):
         speedup = rate / (table[0]["clips_per_s"] if table else rate)
         tflops = row.line["gmacs"] * 2 * 3 * rate / 1e3
         table.append(row.line | dict(
-            clips=clips, clips_per_s=rate, step_ms=median(ms), step_ms_min=min(ms),
-            step_ms_max=max(ms), speedup=speedup, peak_mem_gb=row.memory, tflops=tflops,
-            measured_over_predicted=speedup / row.line["predicted_speedup"],
-            share_of_product=tflops / product))
+            clips=clips, clips_per_s=rate, step_ms=median(ms), step_ms_max=max(ms), tflops=tflops,
+            share_of_product=tflops / product, speedup=speedup, peak_mem_gb=row.memory,
+            step_ms_min=min(ms), measured_over_predicted=speedup / row.line["predicted_speedup"]))
     return table
 
-# ---------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------- loading, alone and in a step
 
-ALONE = "generated"  # what a flag that may name a folder has if it comes alone
+ALONE = "data/kinetics_like"  # the folder of a flag that comes without one; made if not there
 LEAST = 5  # s to compute per row, with loading beside it
 
 def kinetics_like(rng, frames=300, height=256, width=340):
@@ -229,10 +227,8 @@ def kinetics_like(rng, frames=300, height=256, width=340):
     return np.stack([frame.clip(0, 255).astype(np.uint8) for frame in video])
 
 def find_videos(given):
-    """The videos of a folder or list; where the flag came alone, generated ones: 10 s of 340 x 256
-    at 30 fps with libx264's defaults, as Kinetics has them."""
+    """Of a folder or list, or made: 10 s of 340 x 256, 30 fps, libx264's defaults, as Kinetics."""
     if given == ALONE:
-        given = "data/kinetics_like"
         files = {f"{i}.mp4": (rng_of(0, i),) for i in range(4)}
         generate_files(given, kinetics_like, files, 30, preset="medium", mbtree="1")
     return list_videos(given)[0]
@@ -284,12 +280,9 @@ def loading(args):
     if not rows:
         raise InputError("--loader: none of the files tried can be read both ways")
     clip = f"({args.frames} frames of {args.size[0]} x {args.size[1]}, stride {args.stride:g})"
-    heading = [f"{args.repeat} x {clip} from each file, on one core, PyAV {av.__version__}; beside "
-               "decoding all to RGB, index, crop, `F.interpolate`; in the median "
-               f"{median(row['ratio'] for row in rows):.2f}x."]
-    return heading, LOADING, rows
-
-# ---------------------------------------------------------------------------- loading + computing
+    return [f"{args.repeat} x {clip} from each file, on one core, PyAV {av.__version__}; beside "
+            "decoding all to RGB, index, crop, `F.interpolate`; in the median "
+            f"{median(row['ratio'] for row in rows):.2f}x."], LOADING, rows
 
 def with_loading(run, row, paths):
     """Train on clips of files as train.py does: clips/s, and the share of time without data."""
@@ -311,12 +304,12 @@ def with_loading(run, row, paths):
     total = elapsed(begin, mark(args.device))
     return steps * row.videos * args.repeat / total, sum(waits[warm:]) / total
 
-# -------------------------------------------------------------------------------- table and chart
+# ------------------------------------------------------------------------------ tables and charts
 
 ARITHMETIC = {"hidden": "{name}", "visible tokens": "{visible_tokens}",
               "GMACs, encoder + decoder": "{gmacs_encoder:.4g} + {gmacs_decoder:.4g}",
               "predicted speedup": "{predicted_speedup:.2f}x"}
-AS_PAPER = {"sum": "{gmacs:.1f}", "sum, all patches embedded": "{gmacs_as_paper:.1f}"}
+AS_PAPER = {"sum": "{gmacs:.1f}", "as Table 1": "{gmacs_as_paper:.1f}"}
 MEASURED = {"clips a step": "{clips}",
             "step, ms": "{step_ms:.0f} ({step_ms_min:.0f} to {step_ms_max:.0f})",
             "clips/s": "{clips_per_s:.3g}", "speedup": "{speedup:.2f}x",
@@ -342,29 +335,29 @@ def speed_chart(rows):
         f"{name} {rows[-1][key]:.1f}x": [(100 * row["mask_ratio"], row[key]) for row in rows]
         for name, key in series.items() if key in rows[0]})
 
-# ------------------------------------------------------------------------------ accuracy of runs
-
 def findings(args):
-    """--findings: heading, columns and rows, one for all seeds of a run. In the chart: 10 labels"""
+    """--findings: heading, columns and rows, one for all seeds of a run."""
     top1, seconds = {}, {}
     with in_a_line(f"--findings {args.findings}", OSError, ValueError, KeyError, TypeError):
         for line in map(json.loads, Path(args.findings).read_text().splitlines()):
-            top1.setdefault((line["run"], line["per_class"]), []).append(line["end"]["val_acc1"])
+            of = top1.setdefault(line["run"], {})  # number of labels -> top-1 of the seeds
+            of.setdefault(line["per_class"], []).append(float(line["end"]["val_acc1"]))
             seconds.setdefault(line["run"], []).append(line["seconds"])
-    counts = sorted({n for _, n in top1})
-    cell = lambda x: f"{np.mean(x):.1f} ± {np.std(x):.1f}" if x else ""
-    rows = [dict(name=name, minutes=np.mean(x) / 60, top1=np.mean(top1.get((name, 10), np.nan)),
-                 **{f"of_{n}": cell(top1.get((name, n))) for n in counts})
-            for name, x in seconds.items()]
+        counts = sorted({n for of in top1.values() for n in of})
+    cell = lambda x: f"{np.mean(x):.1f} ({min(x):.1f}-{max(x):.1f})" if x else ""
+    rows = [dict(name=name, minutes=np.mean(seconds[name]) / 60, top1=np.mean(of.get(10, 0)),
+                 **{f"of_{n}": cell(of.get(n)) for n in counts}) for name, of in top1.items()]
     columns = {"run": "`{name}`", "minutes": "{minutes:.1f}"}
     columns |= {f"{n} labels a class": f"{{of_{n}}}" for n in counts}
-    return ["Top-1 in %, mean ± std of the seeds; minutes of pre-training."], columns, rows
+    return ["Top-1 in %, mean (least to most) of the seeds; pre-training minutes."], columns, rows
 
-def findings_chart(rows):
+def findings_chart(rows):  # of the runs named by a ratio, with 10 labels a class
     series = {}
     for row in sorted(rows, key=lambda row: row["minutes"]):
-        if row["name"][0] == "0":
+        if row["name"][:1] == "0" and row["top1"]:
             series.setdefault(row["name"].split("-")[0], []).append((row["minutes"], row["top1"]))
+    if not series:
+        raise InputError("--chart: no run is named by its ratio and has 10 labels a class")
     return chart("top-1 (%) against minutes of pre-training, by masking ratio", series)
 
 # ----------------------------------------------------------------------------------- the commands
@@ -392,8 +385,7 @@ def speed(args):
     heading = [describe(args, run.model),
                f"Forward, backward, clipping and AdamW; median (least to most) of {args.rounds} "
                f"rounds. TFLOP/s: 3 forward passes a step; a matrix product reaches {product:.3g}."]
-    if args.device == "cuda":
-        columns |= {"peak memory": "{peak_mem_gb:.1f} GB"}
+    columns |= {"peak memory": "{peak_mem_gb:.1f} GB"} if args.device == "cuda" else {}
     if paths is not None:
         for line, row in zip(table, rows):
             rate, line["data_wait"] = with_loading(run, row, paths)
@@ -430,7 +422,7 @@ def parse_arguments(argv=None):
     add("--workers", type=between(0, 256, int), help="data workers (from the CPUs)")
     add("--data-timeout", type=between(1, 86400, int), default=300, help="s to wait for a batch")
     add("--json", type=text, metavar="FILE", help="write every row with all settings")
-    add("--chart", type=text, metavar="FILE.svg", help="draw the table")
+    add("--chart", type=text, metavar="FILE.svg", help="draw the speedup, or the accuracy")
     args = parser.parse_args(argv)
     if args.chart and args.loader:
         parser.error("--chart draws what --loader does not measure")
