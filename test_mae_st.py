@@ -2435,6 +2435,29 @@ def test_the_commands_of_the_readme_run_at_toy_size(small_demo, monkeypatch):
         small = "--size 32 --frames 4".split() if script == "train" else []
         SCRIPTS[script].main([*given, *TOY[script], *small])
 
+def test_the_loop_in_the_readme_starts_each_run_once(tmp_path):
+    """With a stand-in for Python that notes the command and writes a log of four steps."""
+    (loop,) = (block for language, block in FENCE.findall(README) if language == "bash")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "python").write_text(f"""#!/bin/bash
+[ $1 = -c ] && exec {sys.executable} "$@"
+echo "$@" >> calls
+while [ $# -gt 0 ]; do [ $1 = --out ] && out=$2; shift; done
+mkdir -p ${{out:=none}} && for i in 1 2 3 4; do echo '{{"clips_per_s": 16}}'; done > $out/log.jsonl""")
+    (tmp_path / "python").chmod(0o755)
+    for _ in range(2):
+        subprocess.run(["bash", "-c", loop], cwd=tmp_path, check=True, env=os.environ | dict(
+            seeds="7", PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    scripts, runs = (tmp_path / "calls").read_text(), rows_of(tmp_path / "assets/miniature.jsonl")
+    assert Counter(re.findall(r"^\w+", scripts, re.M)) == dict(train=15, finetune=18, bench=2)
+    assert len(runs) == 18 and {run["seed"] for run in runs} == {7}
+    published = rows_of(HERE / "assets/miniature.jsonl")
+    assert {(run["run"], run["per_class"]) for run in runs} == {
+        (run["run"], run["per_class"]) for run in published}
+    assert {run["seconds"] for run in runs if run["run"] != "scratch"} == {8.0}
+    for command in re.findall(r"^train.py (.*)", scripts, re.M):
+        train.parse_arguments(command.split())
+
 def test_the_numbers_in_the_readme_stand_in_assets(tmp_path, capsys):
     assets = HERE / "assets"
     rows = {path.stem: json.loads(path.read_text()) for path in assets.glob("*.json")}
