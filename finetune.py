@@ -375,13 +375,13 @@ def ranks(scores, labels):
     right = np.take_along_axis(scores, np.asarray(labels)[:, None], 1)  # (n, 1)
     return np.where(np.isnan(right[:, 0]), scores.shape[1] + 5, (scores >= right).sum(1) - 1)
 
-def accuracy(scores, labels, views):
+def accuracy(scores, labels, views, when=""):
     """A row for the log: top-1 and top-5 in per cent, and of how many videos and views."""
     rank = ranks(scores, labels)
     top1, top5 = (100 * float((rank < k).mean()) for k in (1, 5))
     views = f"{views[0]}x{views[1]}"
-    tqdm.write(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(rank)} videos, {views} views each",
-               sys.stdout)
+    tqdm.write(f"{when}top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(rank)} videos, {views} views "
+               "each", sys.stdout)
     return dict(views=views, val_acc1=top1, val_acc5=top5, videos=len(rank))
 
 def write_predictions(out, scores, data):
@@ -416,10 +416,10 @@ def fine_tune(args, data, content):
                        stride=args.stride, size=args.size, labels=data.train_labels, one_time=True,
                        area=(args.crop, 1.0), flip=args.flip, kind=KINDS[args.sampling])
     table = content["model"]["encoder.pos_embed_temporal"] if content else torch.zeros(0)
-    keep = dict(identity=identity(args, data.train) | dict(
-        labels=zlib.crc32(np.array(data.train_labels).tobytes()), classes=len(data.classes),
+    keep = dict(identity=identity(args, data.train) | dict(classes=len(data.classes),
+        checksum_of_labels=zlib.crc32(np.array(data.train_labels).tobytes()),
         micro_batch=[args.batch_size, args.accum, args.world],  # which is mixed as a whole
-        init_weights=zlib.crc32(table.float().numpy().tobytes())),  # of one table, for all
+        checksum_of_weights=zlib.crc32(table.float().numpy().tobytes())),  # one table, for all
         model_args=model_args, classes=data.classes, best=dict(val_acc1=-1.0, step=0))
 
     def loss_of(model, batch):
@@ -439,7 +439,7 @@ def fine_tune(args, data, content):
         return dict(step=step, **row)
     fit(args, model, optimizer, clips, loss_of, keep, at_save=validate)
     scores = score(model, data.val, args.views, args)
-    row = accuracy(scores, data.val_labels, args.views)
+    row = accuracy(scores, data.val_labels, args.views, "at the end: ")
     if args.rank == 0:
         write_predictions(args.out, scores, data)
         with open(Path(args.out) / "log.jsonl", "a") as log:

@@ -4,7 +4,6 @@
     python train.py --data my_videos --model base      a folder, or a list of "path label" lines
     torchrun --nproc_per_node=8 train.py --data kinetics/train.csv        the paper's recipe
     python train.py --reconstruct clip.mp4 --init runs/pretrain/last.pt   look at a reconstruction
-
 """
 import argparse
 import contextlib
@@ -249,9 +248,9 @@ def list_videos(data):
                     if os.path.splitext(name)[1].lower() in SUFFIXES and name[0] != "."]  # ._x.mp4
     entries.sort(key=lambda entry: entry[0])
     if not os.path.isdir(data):
-        with in_a_line(f"{data}: no such folder or list file", OSError):
-            if not os.path.isfile(data):
-                raise FileNotFoundError("a regular file is needed")
+        if not os.path.isfile(data):
+            raise InputError(f"{data}: no such folder or list file")
+        with in_a_line(f"{data} cannot be read", OSError):
             lines = Path(data).read_text("utf-8-sig", "surrogateescape").split("\n")
         folder = os.path.dirname(os.path.abspath(data))
         for line in filter(None, map(str.strip, lines)):
@@ -462,9 +461,9 @@ def write_pictures(out, model, video, mask_ratio, noise):
         write_video(path, np.concatenate([movie] * 4), fps=4)
 
 @torch.no_grad()
-def share_of_nearest(model, video, mask_ratio, noise):
-    """The mean squared error on hidden patches of video (B, T, H, W, 3), as a share of the error
-    where each is filled with the mean colour of the visible patches nearest in space and time."""
+def errors_on_hidden(model, video, noise, mask_ratio):
+    """Squared errors on hidden patches of video (B, T, H, W, 3): the model's, and those where each
+    is filled with the mean colour of the visible patches nearest in space and time. (2,) sums"""
     video = video.permute(0, 4, 1, 2, 3)  # (B, 3, T, H, W)
     filled, mask = model.reconstruct(video, mask_ratio, noise)  # (B, 3, T', H, W), (B, t, h, w)
     pixels, mask = video[:, :, ::video.shape[2] // filled.shape[2]].float() / 255, mask.flatten(1)
@@ -474,8 +473,7 @@ def share_of_nearest(model, video, mask_ratio, noise):
     nearest = (apart < apart.amin(2, keepdim=True) + 1e-3).float()
     colour = nearest @ true.unflatten(2, (-1, 3)).mean(2) / nearest.sum(2, keepdim=True)
     guess = colour.repeat(1, 1, true.shape[2] // 3)  # (B, N, P)
-    error, other = ((x - true)[mask].square().mean() for x in (ours, guess))
-    return float(error / other)
+    return torch.stack([(x - true)[mask].square().sum() for x in (ours, guess)])
 
 def chart(title, series):
     """Lines as SVG, in colours for light and dark pages. series: name -> [(x, y >= 0), ...]."""
@@ -795,7 +793,9 @@ def resume(args, parts, keep, log):
         keep.update({key: content[key] for key in keep})
         if args.rank == 0:
             log.truncate(min(content["log_bytes"], log.tell()))  # so that no step is logged twice
-        print(f"going on from {path} after step {content['step']:d} of {args.steps}")
+        done = content["step"] >= args.steps
+        print("nothing is left to train, for other code choose another --out:" if done else
+              "going on from", f"{path} after step {content['step']:d} of {args.steps}")
         return content["step"]
 
 def log_line(row):
@@ -927,7 +927,7 @@ def identity(args, paths):
     """What must be as before for a run to go on: most flags, and the list, whatever its folder."""
     root = os.path.dirname(os.path.commonprefix(list(paths)))
     return {key: value for key, value in vars(args).items() if key not in MAY_CHANGE} | dict(
-        list=zlib.crc32(b"\n".join(paths).replace(root, b"")))
+        checksum_of_list=zlib.crc32(b"\n".join(paths).replace(root, b"")))
 
 def loss_of_the_mean(model, video, mask_ratio, noise):
     """The loss of a model that always predicts the mean of its targets."""
@@ -975,7 +975,10 @@ def pretrain(args, clips=None):
     fit(args, model, optimizer, clips, loss_of, keep, at_save=draw)
     draw(args.steps)
     if args.rank == 0:
-        report(args, mean, share_of_nearest(model, video, args.mask_ratio, noise))
+        groups = (collate([clips[k] for k in range(i, i + 4)]) for i in range(0, 64, 4))
+        ours, other = sum(errors_on_hidden(model, *(group[key].to(args.device) for key in (
+            "video", "noise")), args.mask_ratio) for group in groups)
+        report(args, mean, float(ours / other))
 
 def report(args, mean, share):
     """The end of pre-training: loss.svg and two numbers to judge it by."""
