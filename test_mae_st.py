@@ -1544,7 +1544,7 @@ train.read_clips = odd""")
     command = arguments(videos, tmp_path / "out", "--steps", 20, "--workers", 2,
                         "--data-timeout", 5)
     last = run_script(odd, *command, check=1, timeout=60).stderr.splitlines()[-1]
-    assert last.startswith("error: the data workers gave no batch, reading ") and ".mp4" in last
+    assert "error: the data workers gave no batch, reading " in last and ".mp4" in last
     assert how == "dies" or "3.mp4" in last  # a death can show while another's batch is awaited
 
 def test_a_dead_worker_or_a_deleted_folder_is_no_full_disk(videos, tmp_path, monkeypatch):
