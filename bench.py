@@ -349,7 +349,7 @@ def findings(args):
                  **{f"of_{n}": cell(of.get(n)) for n in counts}) for name, of in top1.items()]
     columns = {"run": "`{name}`", "minutes": "{minutes:.1f}"}
     columns |= {f"{n} labels": f"{{of_{n}}}" for n in counts}
-    return ["Top-1 in %, mean (range) of the seeds, by labels a class; minutes of pre-training."], columns, rows
+    return ["Top-1 in %, mean (range) of the seeds, by labels a class."], columns, rows
 
 def findings_chart(rows):  # of the runs named by a ratio, with 10 labels a class
     series = {}

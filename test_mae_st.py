@@ -2444,7 +2444,8 @@ def test_the_loop_in_the_readme_starts_each_run_once(tmp_path):
 [ $1 = -c ] && exec {sys.executable} "$@"
 echo "$@" >> calls
 while [ $# -gt 0 ]; do [ $1 = --out ] && out=$2; shift; done
-mkdir -p ${{out:=none}} && for i in 1 2 3 4; do echo '{{"clips_per_s": 16}}'; done > $out/log.jsonl""")
+mkdir -p ${{out:=none}}
+for step in 1 2 3 4; do echo '{{"clips_per_s": 16}}'; done > $out/log.jsonl""")
     (tmp_path / "python").chmod(0o755)
     for _ in range(2):
         subprocess.run(["bash", "-c", loop], cwd=tmp_path, check=True, env=os.environ | dict(
