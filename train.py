@@ -975,13 +975,16 @@ def pretrain(args, clips=None):
     fit(args, model, optimizer, clips, loss_of, keep, at_save=draw)
     draw(args.steps)
     if args.rank == 0:
-        groups = (collate([clips[k] for k in range(i, i + 4)]) for i in range(0, 64, 4))
-        ours, other = sum(errors_on_hidden(model, *(group[key].to(args.device) for key in (
-            "video", "noise")), args.mask_ratio) for group in groups)
-        report(args, mean, float(ours / other))
+        if not args.norm_pix:  # there brightness and contrast come from the original
+            groups = (collate([clips[k] for k in range(i, i + 4)]) for i in range(0, 64, 4))
+            ours, other = sum(errors_on_hidden(model, *(group[key].to(args.device) for key in (
+                "video", "noise")), args.mask_ratio) for group in groups)
+            share = f"{float(ours / other):.2f} of that of the nearest visible colours"
+            print(f"error on hidden patches: {share}")
+        report(args, mean)
 
-def report(args, mean, share):
-    """The end of pre-training: loss.svg and two numbers to judge it by."""
+def report(args, mean):
+    """The end of pre-training: loss.svg, and the loss beside that of predicting the mean."""
     with open(Path(args.out) / "log.jsonl") as log:
         losses = [row["loss"] for row in map(json.loads, log) if "loss" in row]
     part = math.ceil(len(losses) / 20)  # the last 5 % of the steps
@@ -991,8 +994,6 @@ def report(args, mean, share):
         path.write_text(chart("loss, mean of a twentieth of the steps, up to step", {
             f"training {smooth[-1]:.3f}": line,
             f"predicting the mean {mean:.3f}": [(x, mean) for x, _ in (line[0], line[-1])]}))
-    if not args.norm_pix:  # there brightness and contrast come from the original
-        print(f"error on hidden patches: {share:.2f} of that of the nearest visible colours")
     print(f"{args.out} has last.pt, log.jsonl, loss.svg, reconstruction.png and .mp4; mean loss of "
           f"the last {part} steps {smooth[-1]:.4f}, of always predicting the mean {mean:.4f}")
 
