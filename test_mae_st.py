@@ -443,6 +443,7 @@ def encode(path, frames, codec="libx264", rate=30, options=None, pix_fmt="yuv420
                 frame.pts, frame.time_base = int(pts[i]), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # root's is real-time after AV1
     return str(path)
 
 class FixedClip:
